@@ -1,0 +1,1 @@
+"""dgemma: run, serve, edit with, constrain, fine-tune and study DiffusionGemma."""

@@ -1,0 +1,123 @@
+"""One attention for both modes: new tokens attend to what is cached before them and to each other.
+
+Shapes: N = tokens of all rows, flat; B rows of T tokens; H query heads, K key/value heads; S keys; D head size.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dgemma.config import SLIDING, ModelConfig
+from dgemma.model.layers import RMSNorm, rotate
+
+SCORES_LIMIT = 1 << 26
+"""Scores held at once, in elements: longer prompts attend a slice of their queries at a time."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows of the flat token axis that look alike: `rows` x `length` new tokens after `past` cached ones."""
+
+    row: int
+    rows: int
+    start: int
+    length: int
+    past: int
+    causal: bool
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.start, self.start + self.rows * self.length)
+
+
+class KeyValues(Protocol):
+    """Where attention finds the keys and values before a span, and leaves those of encoded tokens."""
+
+    def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [B, K, S, D] that the span's tokens can reach, or None where nothing is cached."""
+
+    def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> None:
+        """Takes keys and values [B, K, T, D] of the span's own tokens."""
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries, keys and values and scale 1.
+
+    Full layers store no v_proj: their values are the keys' projection, before its norm and rotation.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads, self.size = config.num_attention_heads, config.kv_heads(layer), config.head_size(layer)
+        sliding = config.layer_types[layer] == SLIDING
+        self.window = config.sliding_window if sliding else None
+        hidden = config.hidden_size
+        self.q_proj = nn.Linear(hidden, self.heads * self.size, bias=False)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * self.size, bias=False)
+        self.v_proj = nn.Linear(hidden, self.kv_heads * self.size, bias=False) if sliding else None
+        self.o_proj = nn.Linear(self.heads * self.size, hidden, bias=False)
+        self.q_norm = RMSNorm(self.size, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.size, config.rms_norm_eps)
+        self.v_norm = RMSNorm(self.size, config.rms_norm_eps, scale=False)
+
+    def forward(self, x: Tensor, spans: list[Span], cache: KeyValues, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x [N, hidden] to [N, hidden]; causal spans leave their keys and values in the cache."""
+        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.size))), *rope)
+        k, v = self.keys_values(x, rope)
+        outputs = [self._attend_span(span, q[span.tokens], k[span.tokens], v[span.tokens], cache) for span in spans]
+        return self.o_proj(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
+
+    def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values [N, K, D] of x [N, hidden]."""
+        k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.size))
+        v = k if self.v_proj is None else self.v_proj(x).unflatten(-1, (self.kv_heads, self.size))
+        return rotate(self.k_norm(k), *rope), self.v_norm(v)
+
+    def write(self, x: Tensor, spans: list[Span], cache: KeyValues, rope: tuple[Tensor, Tensor]) -> None:
+        """Only the keys and values of x: all that anyone reads of the last layer when a prompt is encoded."""
+        k, v = self.keys_values(x, rope)
+        for span in spans:
+            cache.write(self.layer, span, _by_head(k[span.tokens], span), _by_head(v[span.tokens], span))
+
+    def _attend_span(self, span: Span, q: Tensor, k: Tensor, v: Tensor, cache: KeyValues) -> Tensor:
+        q, k, v = (_by_head(t, span) for t in (q, k, v))
+        if span.causal:
+            cache.write(self.layer, span, k, v)
+        past = cache.read(self.layer, span)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        y = attend(q, k, v, causal=span.causal, window=self.window)
+        return y.transpose(1, 2).reshape(-1, self.heads * self.size)
+
+
+def _by_head(x: Tensor, span: Span) -> Tensor:
+    return x.unflatten(0, (span.rows, span.length)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window: int | None = None) -> Tensor:
+    """Softmax attention of q [B, H, T, D] over k, v [B, K, S, D], scale 1; the last T of the S keys are the queries' own.
+
+    Not causal: every query sees every key. That is the canvas, and the rectangle of the sliding layers comes from which
+    keys are given. Causal: a query sees itself and what is before it, no further back than `window` tokens.
+    """
+    batch, heads, length, size = q.shape
+    kv_heads, seen = k.shape[1:3]
+    tile = max(1, min(length, SCORES_LIMIT // (batch * heads * seen)))
+    keys = k.transpose(2, 3)
+    outputs = []
+    for start in range(0, length, tile):
+        part = q[:, :, start : start + tile]
+        rows = part.shape[2]
+        # Query heads that share a key head lie in one matrix: the keys are never repeated.
+        scores = part.reshape(batch, kv_heads, -1, size) @ keys
+        if causal:
+            at = torch.arange(seen - length + start, seen - length + start + rows, device=q.device)[:, None]
+            key = torch.arange(seen, device=q.device)
+            hidden = key > at if window is None else (key > at) | (key <= at - window)
+            grouped = scores.view(batch, kv_heads, -1, rows, seen)
+            scores = grouped.masked_fill(hidden, float("-inf")).view(scores.shape)
+        outputs.append((scores.softmax(-1) @ v).reshape(batch, heads, rows, size))
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]

@@ -1,0 +1,50 @@
+"""The plain parts of a layer: RMS norm, rotary positions, the gated MLP."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dgemma.config import Rope
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, computed in float32; `scale=False` leaves the weight out."""
+
+    def __init__(self, size: int, eps: float, scale: bool = True):
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.weight = nn.Parameter(torch.ones(size)) if scale else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.rms_norm(x.float(), (self.size,), None, self.eps)
+        return (y if self.weight is None else y * self.weight.float()).type_as(x)
+
+
+def inverse_frequencies(rope: Rope, head_size: int, device: torch.device) -> Tensor:
+    """float32 [head_size / 2], turns in radians a position.
+
+    "proportional" turns only the first `partial` share of the pairs, at the frequencies they would have among all.
+    """
+    pairs = head_size // 2
+    turning = pairs if rope.type == "default" else int(rope.partial * head_size // 2)
+    exponents = torch.arange(turning, dtype=torch.float32, device=device) * 2 / head_size
+    return F.pad(1.0 / rope.theta**exponents, (0, pairs - turning))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns pairs (i, i + D/2) of x [N, heads, D] by the angles whose cos and sin [N, 1, D/2] are given."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class MLP(nn.Module):
+    """down(gelu_tanh(gate x) * up x)."""
+
+    def __init__(self, size: int, inner: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(size, inner, bias=False)
+        self.up_proj = nn.Linear(size, inner, bias=False)
+        self.down_proj = nn.Linear(inner, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
