@@ -9,6 +9,7 @@ _RULES = (
     (r"vision\.(.*)", r"model.encoder.vision_tower.\1"),
     (r"(.*)", r"model.decoder.\1"),
 )
+_TWIN = re.compile(r"model\.encoder\.language_model\.(?!layers\.\d+\.layer_scalar$)(.*)")
 
 
 def stored_name(name: str) -> str:
@@ -17,3 +18,11 @@ def stored_name(name: str) -> str:
         if re.fullmatch(pattern, name):
             return re.sub(f"^{pattern}$", stored, name)
     raise AssertionError(name)
+
+
+def released_name(stored: str) -> str:
+    """The released name of any stored tensor: other tools also write the twins that the release ties and leaves out."""
+    if stored == "lm_head.weight":
+        return "model.decoder.embed_tokens.weight"
+    twin = _TWIN.fullmatch(stored)
+    return f"model.decoder.{twin[1]}" if twin else stored

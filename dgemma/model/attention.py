@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dgemma.config import SLIDING, ModelConfig
-from dgemma.model.layers import RMSNorm, rotate
+from dgemma.model import layers
+from dgemma.model.layers import RMSNorm
 
 SCORES_LIMIT = 1 << 26
 """Scores held at once, in elements: longer prompts attend a slice of their queries at a time."""
@@ -51,7 +52,11 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.heads, self.kv_heads, self.size = config.num_attention_heads, config.kv_heads(layer), config.head_size(layer)
+        self.heads, self.kv_heads, self.size = (
+            config.num_attention_heads,
+            config.kv_heads(layer),
+            config.head_size(layer),
+        )
         sliding = config.layer_types[layer] == SLIDING
         self.window = config.sliding_window if sliding else None
         hidden = config.hidden_size
@@ -65,7 +70,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, spans: list[Span], cache: KeyValues, rope: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, hidden] to [N, hidden]; causal spans leave their keys and values in the cache."""
-        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.size))), *rope)
+        q = layers.rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.size))), *rope)
         k, v = self.keys_values(x, rope)
         outputs = [self._attend_span(span, q[span.tokens], k[span.tokens], v[span.tokens], cache) for span in spans]
         return self.o_proj(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
@@ -74,7 +79,7 @@ class Attention(nn.Module):
         """Keys and values [N, K, D] of x [N, hidden]."""
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.size))
         v = k if self.v_proj is None else self.v_proj(x).unflatten(-1, (self.kv_heads, self.size))
-        return rotate(self.k_norm(k), *rope), self.v_norm(v)
+        return layers.rotate(self.k_norm(k), *rope), self.v_norm(v)
 
     def write(self, x: Tensor, spans: list[Span], cache: KeyValues, rope: tuple[Tensor, Tensor]) -> None:
         """Only the keys and values of x: all that anyone reads of the last layer when a prompt is encoded."""

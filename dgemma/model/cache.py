@@ -4,6 +4,7 @@ A full-attention layer keeps every page of a row; a sliding layer drops the page
 full is never written again, so rows may share it (`fork`); reference counts free it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +33,8 @@ class Cache:
         self.page = config.canvas_length
         self.rows = [Row() for _ in range(rows)]
         self._index = [config.layer_types[:i].count(kind) for i, kind in enumerate(config.layer_types)]
-        self._gathered: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._gathered: dict[tuple[int, int], tuple[tuple[int, ...], tuple[Tensor, Tensor]]] = {}
+        self._selected: dict[tuple[int, ...], Cache] = {}
 
     @property
     def lengths(self) -> list[int]:
@@ -45,12 +47,26 @@ class Cache:
         pages = {id(p): p for row in self.rows for kind in row.pages.values() for p in kind if p is not None}
         return sum(page.nbytes for page in pages.values())
 
-    def fork(self, row: int, copies: int) -> "Cache":
-        """A cache whose rows all continue from `row`: full pages are shared, the one still being filled is copied."""
-        fork = Cache(self.config, copies, self.dtype, self.device)
-        source = self.rows[row]
-        full = source.length // self.page
-        for copy in fork.rows:
+    def select(self, rows: Sequence[int]) -> "Cache":
+        """Some rows of this cache as a cache: what is encoded there is encoded here."""
+        if list(rows) == list(range(len(self.rows))):
+            return self
+        key = tuple(rows)
+        if key not in self._selected:
+            part = Cache(self.config, 0, self.dtype, self.device)
+            part.rows = [self.rows[row] for row in rows]
+            self._selected = {key: part}
+        return self._selected[key]
+
+    def fork(self, rows: Sequence[int] | None = None) -> "Cache":
+        """A cache that continues from these rows (all, if not told) and leaves them as they are.
+
+        Full pages are shared; the page that is still being filled is copied. A row may be named several times.
+        """
+        sources = self.rows if rows is None else [self.rows[row] for row in rows]
+        fork = Cache(self.config, len(sources), self.dtype, self.device)
+        for copy, source in zip(fork.rows, sources, strict=True):
+            full = source.length // self.page
             copy.length = source.length
             for kind, pages in source.pages.items():
                 copy.pages[kind] = [p if i < full or p is None else p.clone() for i, p in enumerate(pages)]
@@ -74,7 +90,6 @@ class Cache:
         out_of_reach = max(0, state.length - self.config.prefix_window) // self.page
         sliding = state.pages[SLIDING]
         sliding[: min(out_of_reach, len(sliding))] = [None] * min(out_of_reach, len(sliding))
-        self._gathered.clear()
 
     def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> None:
         """Stores keys and values [B, K, T, D] behind each row's encoded length (see `reserve`)."""
@@ -95,14 +110,19 @@ class Cache:
         """Keys and values [B, K, S, D] of the encoded tokens that the span reaches, gathered once between two writes."""
         if span.past == 0:
             return None
+        rows = self.rows[span.row : span.row + span.rows]
+        lengths = tuple(row.length for row in rows)
         key = (layer, span.row)
-        if key not in self._gathered:
-            rows = [self._gather(layer, self.rows[span.row + i]) for i in range(span.rows)]
-            joined = torch.stack(rows) if span.rows > 1 else rows[0][None]
-            if span.causal:  # a chunk of a prompt reads once: nothing is kept
-                return joined[:, 0], joined[:, 1]
-            self._gathered[key] = joined[:, 0], joined[:, 1]
-        return self._gathered[key]
+        if span.causal:  # a chunk of a prompt reads once: nothing is kept
+            return self._joined(layer, rows)
+        if key not in self._gathered or self._gathered[key][0] != lengths:
+            self._gathered[key] = lengths, self._joined(layer, rows)
+        return self._gathered[key][1]
+
+    def _joined(self, layer: int, rows: list[Row]) -> tuple[Tensor, Tensor]:
+        parts = [self._gather(layer, row) for row in rows]
+        joined = torch.stack(parts) if len(parts) > 1 else parts[0][None]
+        return joined[:, 0], joined[:, 1]
 
     def _gather(self, layer: int, row: Row) -> Tensor:
         """[2, K, S, D] of one row."""

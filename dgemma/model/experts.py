@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgemma.config import ModelConfig
+from dgemma.model import layers
 from dgemma.model.layers import RMSNorm
 
 
@@ -47,4 +48,4 @@ class Experts(nn.Module):
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
         gate, up = F.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
-        return F.linear(F.gelu(gate, approximate="tanh") * up, self.down_proj[expert])
+        return F.linear(layers.gated(gate, up), self.down_proj[expert])

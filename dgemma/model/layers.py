@@ -16,8 +16,18 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size)) if scale else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x.float(), (self.size,), None, self.eps)
-        return (y if self.weight is None else y * self.weight.float()).type_as(x)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    wide = x.float()
+    y = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (y if weight is None else y * weight.float()).type_as(x)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu_tanh(gate) * up."""
+    return F.gelu(gate, approximate="tanh") * up
 
 
 def inverse_frequencies(rope: Rope, head_size: int, device: torch.device) -> Tensor:
@@ -47,4 +57,4 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))

@@ -70,9 +70,7 @@ def encode(model: DiffusionGemma, tokens: Tensor) -> Tape:
     return tape
 
 
-def denoise_logits(
-    model: DiffusionGemma, canvas: Tensor, tape: Tape, starts: list[int], soft: Tensor | None
-) -> Tensor:
+def denoise_logits(model: DiffusionGemma, canvas: Tensor, tape: Tape, starts: list[int], soft: Tensor | None) -> Tensor:
     """Logits [rows, C, V] of canvases whose prefixes are the first `starts` tokens of their examples on the tape."""
     spans = make_spans([canvas.shape[1]] * len(canvas), starts, causal=False)
     hidden = model.stack(model.canvas_input(canvas, soft).flatten(0, 1), spans, tape)

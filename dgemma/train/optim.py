@@ -59,7 +59,9 @@ class MuonAdam(torch.optim.Optimizer):
         for (rows, columns), pairs in alike.items():
             updates = orthogonalise(torch.cat([u.reshape(-1, rows, columns) for _, u in pairs]))
             scale = lr * max(1.0, rows / columns) ** 0.5
-            for (p, u), update in zip(pairs, updates.split([u.numel() // (rows * columns) for _, u in pairs]), strict=True):
+            for (p, u), update in zip(
+                pairs, updates.split([u.numel() // (rows * columns) for _, u in pairs]), strict=True
+            ):
                 p.sub_(update.view_as(p), alpha=scale)
 
     def _adam(self, parameters: list[nn.Parameter], lr: float, betas: tuple[float, float]) -> None:

@@ -62,7 +62,9 @@ def solutions(grid: Sequence[int], rng: random.Random | None = None) -> Iterator
     yield from _search(cells, candidates, {c for c in CELLS if not cells[c]}, rng)
 
 
-def _search(cells: list[int], candidates: list[int], empty: set[int], rng: random.Random | None) -> Iterator[tuple[int, ...]]:
+def _search(
+    cells: list[int], candidates: list[int], empty: set[int], rng: random.Random | None
+) -> Iterator[tuple[int, ...]]:
     if not empty:
         yield tuple(cells)
         return

@@ -116,8 +116,3 @@ def draw(bases: Bases, batch: int, givens: tuple[int, int], seed: int) -> Iterat
         chosen = bases[rng.integers(len(bases), size=batch)]
         wanted = rng.integers(givens[0], givens[1] + 1, size=batch)
         yield puzzles(chosen, np.maximum(wanted, chosen.fewest), rng)
-
-
-def text(grid: np.ndarray) -> str:
-    """Nine lines of nine digits, as prompts and answers are written."""
-    return "\n".join("".join(map(str, row)) for row in grid.reshape(9, 9))

@@ -1,0 +1,112 @@
+"""The network into a model directory that transformers, and this package, load."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dgemma.checkpoints.headers import INDEX, SINGLE
+from dgemma.checkpoints.names import stored_name
+from dgemma.config import GenerationConfig
+from dgemma.model.network import DiffusionGemma
+
+EXTRAS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json")
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def save_model(
+    model: DiffusionGemma,
+    directory: str | Path,
+    generation_config: GenerationConfig,
+    extras: str | Path | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes config.json, generation_config.json and the weights under their released names, in their own dtype.
+
+    extras: a directory from which tokenizer, chat template and processor config are copied, where it has them.
+    Every file is written beside its place first, and all move there at the end: a save that fails, with OSError,
+    leaves what was there, and a network still mapped from the same directory stays whole. Weights of an earlier save
+    are then removed.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with _replacing(directory) as new:
+        weights = _write_weights(model, new, max_shard_bytes)
+        _write_json(new("config.json"), _config(model))
+        _write_json(new("generation_config.json"), generation_config.to_dict())
+        for name in EXTRAS if extras is not None else ():
+            found = Path(extras or "") / name
+            if found.is_file():
+                shutil.copyfile(found, new(name))
+    for path in directory.iterdir():
+        if _WEIGHTS.fullmatch(path.name) and path.name not in weights:
+            path.unlink()
+
+
+def _config(model: DiffusionGemma) -> dict:
+    dtype = str(model.dtype).removeprefix("torch.")
+    values = model.config.to_dict() | {"dtype": dtype}
+    for part in ("text_config", "vision_config"):
+        if values[part]:
+            values[part] = values[part] | {"dtype": dtype}
+    return values
+
+
+def _write_weights(model: DiffusionGemma, new: Callable[[str], Path], max_shard_bytes: int) -> set[str]:
+    """Writes one file, or shards and their index; returns the names of the files."""
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in model.state_dict().items():
+        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][stored_name(name)] = tensor
+        filled += tensor.nbytes
+    if len(shards) == 1:
+        _write_tensors(new(SINGLE), shards[0])
+        return {SINGLE}
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        _write_tensors(new(file), shard)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    _write_json(new(INDEX), {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    return {*files, INDEX}
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    # One shard at a time leaves the device; the metadata is what transformers looks for.
+    on_host = {name: tensor.to(torch.device("cpu")).contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(on_host, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path.parent}: {error}") from None
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _replacing(directory: Path) -> Iterator[Callable[[str], Path]]:
+    """Gives temporary paths for the names of new files; they take their places at the end, or vanish on an error."""
+    pending: dict[str, Path] = {}
+
+    def new(name: str) -> Path:
+        return pending.setdefault(name, directory / f".{name}.{os.getpid()}.new")
+
+    try:
+        yield new
+        for name, path in pending.items():
+            os.replace(path, directory / name)
+    finally:
+        for path in pending.values():
+            path.unlink(missing_ok=True)

@@ -1,0 +1,85 @@
+"""From what a user types as MODEL to a local directory. Needs no torch; the hub's client is imported when needed."""
+
+import errno
+import os
+from pathlib import Path
+
+import dgemma
+
+PATTERNS = ("*.json", "*.safetensors", "*.jinja")
+EMBEDDED = Path(dgemma.__file__).parent / "embedded"
+
+
+def resolve(source: str | Path) -> Path:
+    """The directory of an embedded model's name, a local directory, or a hub id, which is downloaded or found in cache.
+
+    Raises OSError or ValueError with one line that says what to do. HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and
+    HF_HUB_OFFLINE count as usual.
+    """
+    text = str(source)
+    if text.isidentifier() and (EMBEDDED / text / "config.json").is_file():
+        return EMBEDDED / text
+    if text.endswith(".gguf"):
+        raise ValueError(f"{text}: GGUF files cannot be read yet; give a directory or a hub id with safetensors")
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"{path} is a file; give the directory that holds it and its config.json")
+    if isinstance(source, Path) or text.startswith((".", "~", "/")) or text.count("/") > 1 or "\\" in text:
+        raise FileNotFoundError(f"there is no directory {path}")
+    return _from_hub(text)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import constants, errors, snapshot_download
+
+    try:
+        # The second pattern leaves out subfolders: other tools' copies of the same weights lie there.
+        return Path(snapshot_download(name, allow_patterns=list(PATTERNS), ignore_patterns=["*/*"]))
+    except errors.HFValidationError:
+        raise ValueError(f"{name!r} is neither a directory here nor a hub id, which reads owner/name") from None
+    except errors.GatedRepoError:
+        page = f"{constants.ENDPOINT}/{name}"
+        raise PermissionError(f"{name} is gated: accept its terms at {page} and set HF_TOKEN to your token") from None
+    except errors.RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"{name} is neither a directory here nor a model on {constants.ENDPOINT}: check the spelling, "
+            "or set HF_TOKEN if it is private"
+        ) from None
+    except errors.LocalEntryNotFoundError as error:
+        raise OSError(_unreachable(name, error)) from None
+    # The client's own errors are OSError; its HTTP library's and hf_xet's are not.
+    except (OSError, errors.HTTPError, RuntimeError) as error:
+        raise OSError(f"could not download {name}: {_reason(error)}") from None
+
+
+def _unreachable(name: str, error: Exception) -> str:
+    """The hub gave no answer, and the cache did not help."""
+    from huggingface_hub import constants, errors
+
+    kept = "only partly" if isinstance(error, errors.IncompleteSnapshotError) else "not"
+    cache = f"{name} is {kept} in the cache {constants.HF_HUB_CACHE}"
+    cause = error.__cause__
+    if constants.HF_HUB_OFFLINE:
+        return f"{cache}, and HF_HUB_OFFLINE is set: unset it to download, or give a local directory"
+    if isinstance(cause, errors.HfHubHTTPError):
+        return f"{cache}, and the hub did not hand it out: {_reason(cause)}"
+    return (
+        f"{cache}, and {constants.ENDPOINT} cannot be reached ({type(cause or error).__name__}): "
+        "check the network and HF_ENDPOINT, or give a local directory"
+    )
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
+        return "the hub refuses HF_TOKEN (401); set a valid token, or unset it"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk of {constants.HF_HUB_CACHE} is full; free some, or set HF_HOME to another disk"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"{error.filename or constants.HF_HUB_CACHE} cannot be written; set HF_HOME to a directory of yours"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{os.strerror(error.errno)} ({error.filename or constants.HF_HUB_CACHE})"
+    return " ".join(str(error).split()) or type(error).__name__

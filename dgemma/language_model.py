@@ -1,0 +1,223 @@
+"""LanguageModel: a network, its tokenizer and its defaults, from text to text."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dgemma import embedded
+from dgemma.checkpoints.load import load_model
+from dgemma.checkpoints.source import resolve
+from dgemma.config import GenerationConfig
+from dgemma.decoding import autoregressive as left_to_right
+from dgemma.decoding import blocks
+from dgemma.decoding.events import Event, Finished
+from dgemma.decoding.noise import Noise
+from dgemma.model.cache import Cache
+from dgemma.model.network import DiffusionGemma
+from dgemma.text.chat import ChatTemplate
+from dgemma.text.output import ToolCall, parse
+from dgemma.text.tokenizer import Tokenizer
+
+Message = dict[str, Any]
+Prompt = str | Sequence[Message] | Sequence[int]
+"""A user's text, chat messages, or token ids that are taken as they are."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer and how it came about.
+
+    text: the answer without thoughts and calls, which are in `reasoning` and `tool_calls`; tokens: all that was
+    generated, the end token included; finish_reason: "stop" or "length"; steps and converged: one entry a block;
+    tokens_per_forward: tokens a denoising step; seconds: {"prefill", "denoise", "commit"}.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    steps: list[int]
+    converged: list[bool]
+    tokens_per_forward: float
+    prompt_tokens: int
+    seed: int
+    seconds: dict[str, float]
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """What `dgemma.load` returns."""
+
+    name: str
+    model: DiffusionGemma
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    defaults: GenerationConfig
+    task: embedded.Task | None = None
+
+    def generate(self, prompt: Prompt, *, seed: int = 0, **options: Any) -> Generation:
+        """Answers a prompt; takes what `stream` takes."""
+        *_, last = self.stream(prompt, seed=seed, **options)
+        assert isinstance(last, Finished)
+        return self.result(last, seed)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        seed: int = 0,
+        think: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+        noise: Sequence[Noise] | None = None,
+        cache: Cache | None = None,
+        autoregressive: bool = False,
+        temperature: float = 0.0,
+        **options: Any,
+    ) -> Iterator[Event]:
+        """The events of one answer as they happen, from Prefilled to Finished.
+
+        think, tools: for the chat template. noise: a list of one Noise that replaces the seeded draws. cache: an encoded
+        prefix of one row that the prompt continues; it stays as it is. autoregressive: the same weights left to right,
+        at `temperature`. options: fields of GenerationConfig, over the checkpoint's own. ValueError names a wrong one.
+        """
+        tokens = torch.tensor(self.tokens(prompt, think=think, tools=tools), dtype=torch.int64)
+        request = blocks.Request(tokens, self.defaults.with_options(**options), noise[0] if noise else self.noise(seed))
+        if autoregressive:
+            return left_to_right.generate(self.model, request, cache, temperature)
+        if temperature:
+            raise ValueError("temperature is for the autoregressive mode; diffusion has t_min and t_max")
+        return blocks.generate(self.model, [request], cache)
+
+    def noise(self, seed: int) -> Noise:
+        """The draws that a seed stands for."""
+        return Noise(seed, self.model.config.vocab_size, self.model.config.canvas_length)
+
+    def tokens(
+        self, prompt: Prompt, *, think: bool = False, tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """A prompt as the model reads it. Without a chat template, text is taken as it is, behind a bos token."""
+        if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
+            return list(prompt)  # type: ignore[arg-type]
+        if isinstance(prompt, str) and self.template is None:
+            return [self.model.config.bos_token_id, *self.tokenizer.encode(prompt)]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        return self.tokenizer.encode(self.render(messages, think=think, tools=tools))  # type: ignore[arg-type]
+
+    def render(self, messages: Sequence[Message], think: bool = False, tools: Any = None, reply: bool = True) -> str:
+        """Chat messages in the checkpoint's template; `reply` adds the header of the model's turn."""
+        if self.template is None:
+            raise ValueError(f"{self.name} has no chat template: give text or token ids instead of messages")
+        if self.task:
+            messages = [self._prepared(message) for message in messages]
+        return self.template.render(messages, tools=tools, enable_thinking=think, add_generation_prompt=reply)
+
+    def _prepared(self, message: Message) -> Message:
+        assert self.task
+        return {**message, "content": self.task.prepare(message["content"])} if message["role"] == "user" else message
+
+    def result(self, finished: Finished, seed: int = 0) -> Generation:
+        """The answer that a stream ended with."""
+        output = parse(self.tokenizer.decode(finished.tokens))
+        return Generation(
+            text=output.content,
+            tokens=finished.tokens,
+            finish_reason="tool_calls" if output.tool_calls else finished.reason,
+            steps=finished.steps,
+            converged=finished.converged,
+            tokens_per_forward=finished.tokens_per_forward,
+            prompt_tokens=finished.prompt_tokens,
+            seed=seed,
+            seconds={
+                "prefill": finished.prefill_seconds,
+                "denoise": finished.denoise_seconds,
+                "commit": finished.commit_seconds,
+            },
+            reasoning=output.reasoning,
+            tool_calls=output.tool_calls,
+        )
+
+    @torch.inference_mode()
+    def score(self, prompt: Prompt, continuation: str | Sequence[int]) -> list[float]:
+        """Log-probability in nats of each token of a continuation, left to right, by the causal mode."""
+        before = self.tokens(prompt)
+        after = self.tokenizer.encode(continuation) if isinstance(continuation, str) else list(continuation)
+        if not after:
+            raise ValueError("the continuation is empty: there is nothing to score")
+        cache = self.model.new_cache()
+        self.model.encode([torch.tensor(before[:-1], dtype=torch.int64)], cache)
+        logits = self.model.encode([torch.tensor([before[-1], *after[:-1]])], cache, logits=True)
+        assert logits is not None
+        return logits[0].log_softmax(-1)[torch.arange(len(after)), torch.tensor(after)].tolist()
+
+    def chat(self, **options: Any) -> "Chat":
+        """A conversation whose prefix stays in the cache from turn to turn; options as for `stream`."""
+        return Chat(self, options)
+
+
+class Chat:
+    """Several turns with one model. `send` streams an answer; what was encoded for earlier turns is not encoded again."""
+
+    def __init__(self, lm: LanguageModel, options: dict[str, Any]):
+        self.lm, self.options = lm, options
+        self.messages: list[Message] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all turns but a system message."""
+        self.messages = [m for m in self.messages if m["role"] == "system"]
+        self._encoded: list[int] = []
+        self._cache = self.lm.model.new_cache()
+
+    def send(self, text: str, **options: Any) -> Iterator[Event]:
+        """The events of the answer to one more user message.
+
+        The turn counts once it is complete; if the caller stops early or something fails, the conversation stays as it
+        was.
+        """
+        options = {**self.options, **options}
+        messages = [*self.messages, {"role": "user", "content": text}]
+        chat = {name: options.pop(name, None) for name in ("think", "tools")}
+        settled = self.lm.tokenizer.encode(self.lm.render(messages, **chat, reply=False))
+        whole = self.lm.tokenizer.encode(self.lm.render(messages, **chat))
+        if whole[: len(settled)] != settled:
+            settled = []
+        self._encode(settled)
+        for event in self.lm.stream(whole[len(settled) :], cache=self._cache, **options):
+            if isinstance(event, Finished):
+                answer = self.lm.result(event).text
+                self.messages = [*messages, {"role": "assistant", "content": answer}]
+            yield event
+
+    @torch.inference_mode()
+    def _encode(self, tokens: list[int]) -> None:
+        """Brings the cache to these tokens: from what it holds if they continue it, else from nothing."""
+        if tokens[: len(self._encoded)] != self._encoded:
+            self._encoded, self._cache = [], self.lm.model.new_cache()
+        self.lm.model.encode([torch.tensor(tokens[len(self._encoded) :], dtype=torch.int64)], self._cache)
+        self._encoded = tokens
+
+
+def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> LanguageModel:
+    """A model from a hub id, a directory in the released format, or the name of an embedded model.
+
+    device: "auto" takes a CUDA device if there is one; dtype: "auto" is the file's own, or "float32", "bfloat16",
+    "float16". Errors are one line that names the file, tensor or value and says what to do.
+    """
+    directory = resolve(source)
+    known = str(source) if str(source) in embedded.names() else None
+    chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    model = load_model(directory, chosen, dtype)
+    options = directory / "generation_config.json"
+    defaults = GenerationConfig.from_file(options) if options.exists() else GenerationConfig()
+    return LanguageModel(
+        name=str(source),
+        model=model,
+        tokenizer=Tokenizer.from_directory(directory),
+        template=ChatTemplate.from_directory(directory),
+        defaults=defaults,
+        task=embedded.task(known) if known else None,
+    )

@@ -1,0 +1,21 @@
+"""Shared fixtures: the released files that tests read from beside the repository, and small random networks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of released files; tests that need it skip where it is absent."""
+    if not SHARED.exists():
+        pytest.skip("the released files (../shared/data) are not on this machine")
+    return SHARED
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads() -> None:
+    torch.set_num_threads(2)
