@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,7 +11,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of one kind of layer. `type` is "default" (all pairs turn) or "proportional" (the first ones)."""
+    """Rotary embedding of one kind of layer; `type` is "default" (all pairs turn) or "proportional" (the first ones)."""
 
     theta: float
     type: str = "default"
@@ -155,18 +155,16 @@ class ModelConfig:
         eos = values.get("eos_token_id", text.get("eos_token_id", 1))
         top = {name: values[name] for name in _TOP_LEVEL if values.get(name) is not None}
         own = {f.name for f in fields(cls)} - {"vision", "eos_token_id", "layer_types"} - top.keys()
-        try:
-            return cls(
-                **{name: text[name] for name in own if text.get(name) is not None},
-                **top,
-                **{key: Rope.from_dict(rope[kind]) for key, kind in _ROPES.items() if kind in rope},
-                layer_types=tuple(text["layer_types"]),
-                eos_token_id=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
-                vision=VisionConfig.from_dict(values["vision_config"]) if values.get("vision_config") else None,
-            )
-        except TypeError as error:
-            lacking = [f.name for f in fields(cls) if f.name in str(error)]
-            raise ValueError(f"config.json: text_config lacks {', '.join(lacking) or error}") from None
+        found: dict[str, Any] = {name: text[name] for name in own if text.get(name) is not None} | top
+        found |= {key: Rope.from_dict(rope[kind]) for key, kind in _ROPES.items() if kind in rope}
+        found["layer_types"] = tuple(text["layer_types"])
+        found["eos_token_id"] = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+        if values.get("vision_config"):
+            found["vision"] = VisionConfig.from_dict(values["vision_config"])
+        lacking = [f.name for f in fields(cls) if f.default is MISSING and f.name not in found]
+        if lacking:
+            raise ValueError(f"config.json: text_config lacks {', '.join(lacking)}")
+        return cls(**found)
 
     def to_dict(self) -> dict[str, Any]:
         """The released form of config.json."""
@@ -254,7 +252,7 @@ class GenerationConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name} must be a number of at least 0, not {value!r}")
-        if not 0 < self.t_max or self.t_min > self.t_max:
+        if self.t_max <= 0 or self.t_min > self.t_max:
             raise ValueError(f"t_min must not exceed t_max, which must be above 0: {self.t_min}, {self.t_max}")
 
     def temperature(self, remaining: int) -> float:

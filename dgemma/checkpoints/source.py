@@ -4,10 +4,8 @@ import errno
 import os
 from pathlib import Path
 
-import dgemma
-
 PATTERNS = ("*.json", "*.safetensors", "*.jinja")
-EMBEDDED = Path(dgemma.__file__).parent / "embedded"
+EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 
 
 def resolve(source: str | Path) -> Path:
@@ -17,7 +15,7 @@ def resolve(source: str | Path) -> Path:
     HF_HUB_OFFLINE count as usual.
     """
     text = str(source)
-    if text.isidentifier() and (EMBEDDED / text / "config.json").is_file():
+    if Path(text).name == text and (EMBEDDED / text / "config.json").is_file():
         return EMBEDDED / text
     if text.endswith(".gguf"):
         raise ValueError(f"{text}: GGUF files cannot be read yet; give a directory or a hub id with safetensors")

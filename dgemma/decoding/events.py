@@ -22,7 +22,7 @@ class Prefilled:
 class Step:
     """One denoising step of a row, done.
 
-    best: the clean arg-max, int64 [C], which is what would be committed now; canvas: what the next step sees, int64 [C];
+    best: the clean arg-max, int64 [C], which a commit would take now; canvas: what the next step sees, int64 [C];
     accepted: bool [C]; entropy: float32 [C] in nats; step: 1, 2, 3 …; still: the row stops here by itself.
     """
 

@@ -41,4 +41,4 @@ def directory(name: str) -> Path | None:
 
 def task(name: str) -> Task:
     """The task of an embedded model."""
-    return import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+    return import_module(f"{__name__}.{name}")

@@ -7,6 +7,7 @@ Shapes: B = rows, T = tokens, C = canvas, N = all tokens flat, V = vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +134,7 @@ class DiffusionGemma(nn.Module):
     def stack(self, x: Tensor, spans: list[Span], cache: KeyValues, keys_only: bool = False) -> Tensor | None:
         """All layers over x [N, hidden]. `keys_only` ends with the last layer's keys and values and returns None."""
         rope = self._rotations(spans)
-        layers = list(self.layers)
+        layers = cast(list[Layer], list(self.layers))
         for layer in layers[:-1] if keys_only else layers:
             x = layer(x, spans, cache, rope)
         if not keys_only:

@@ -45,7 +45,7 @@ def parse_call(body: str) -> ToolCall:
     if name is None:
         raise ValueError("'call:' and the name of a function are expected")
     reader = _Reader(body, name.end())
-    arguments = reader.object(0)
+    arguments = reader.mapping(0)
     if reader.at < len(body):
         raise reader.error("the end of the call")
     return ToolCall(name[1], arguments)
@@ -101,7 +101,7 @@ class _Reader:
         self._to(self.at + len(mark))
         return True
 
-    def object(self, depth: int) -> dict[str, Any]:
+    def mapping(self, depth: int) -> dict[str, Any]:
         if not self.take("{"):
             raise self.error("'{'")
         values: dict[str, Any] = {}
@@ -119,7 +119,7 @@ class _Reader:
             if not self.take(","):
                 raise self.error("',' or '}'")
 
-    def list(self, depth: int) -> list[Any]:
+    def sequence(self, depth: int) -> list[Any]:
         values: list[Any] = []
         if not self.take("[") or self.take("]"):
             return values
@@ -145,9 +145,9 @@ class _Reader:
         if self.text.startswith(QUOTE, self.at):
             return self.string()
         if self.text.startswith("{", self.at):
-            return self.object(depth)
+            return self.mapping(depth)
         if self.text.startswith("[", self.at):
-            return self.list(depth)
+            return self.sequence(depth)
         if word := _WORD.match(self.text, self.at):
             self._to(word.end())
             return _WORDS[word[1]]

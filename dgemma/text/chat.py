@@ -10,32 +10,32 @@ from jinja2 import TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dgemma.text.messages import Plain, prepare_messages, prepare_tools
-from dgemma.text.tokenizer import Tokenizer, read_config
+from dgemma.text.tokenizer import NAMES, read_config, read_names
 
 
 class ChatTemplate:
     """Messages to the text of a prompt.
 
-    Without a source (a base model has none) it exists but does not render: a guessed format would answer, badly,
-    where an error tells what is missing. `names` are the special tokens: {"bos": "<bos>", …}, for the template's
-    bos_token and the like.
+    `names` are special tokens that are not called `<bos>`, `<eos>` and so on; the template sees them as bos_token …
     """
 
-    def __init__(self, source: str | None, names: Mapping[str, str]):
+    def __init__(self, source: str, names: Mapping[str, str] | None = None):
         self.source = source
-        self._tokens = {f"{name}_token": token for name, token in names.items()}
-        if source is None:
-            return
+        known = {name: f"<{name}>" for name in NAMES} | dict(names or {})
+        self._tokens = {f"{name}_token": token for name, token in known.items()}
         environment = _environment()
         try:
-            self._variables = meta.find_undeclared_variables(environment.parse(source))
+            self._variables = meta.find_undeclared_variables(environment.parse(source)) - self._tokens.keys()
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
             raise ValueError(f"chat template, line {error.lineno}: {error.message}") from error
 
     @classmethod
-    def from_directory(cls, path: str | Path, tokenizer: Tokenizer) -> Self:
-        """chat_template.jinja, else chat_template in tokenizer_config.json (a text, or a list with a "default")."""
+    def from_directory(cls, path: str | Path) -> Self | None:
+        """chat_template.jinja, else chat_template in tokenizer_config.json (a text, or a list with a "default").
+
+        None if the checkpoint has neither: a base model takes plain text, and a guessed format would only answer badly.
+        """
         file = Path(path) / "chat_template.jinja"
         if file.is_file():
             source: Any = file.read_text("utf-8")
@@ -44,10 +44,12 @@ class ChatTemplate:
             source = read_config(path).get("chat_template")
             if isinstance(source, list):
                 source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default")
-        if source is not None and not isinstance(source, str):
+        if source is None:
+            return None
+        if not isinstance(source, str):
             raise ValueError(f"{file}: chat_template is neither a text nor a list of named texts")
         try:
-            return cls(source, tokenizer.names)
+            return cls(source, read_names(path))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
 
@@ -63,20 +65,15 @@ class ChatTemplate:
     ) -> str:
         """The prompt's text, to be encoded as it is: the template writes BOS itself.
 
-        Pass `plain=tokenizer.plain` for a prompt that goes to the model: special tokens which a user, a tool or a tool's
-        declaration spells then stay ordinary characters and cannot open or end a turn. The system message keeps them
+        Pass `plain=tokenizer.plain` for a prompt that goes to the model: special tokens spelled by a user, by a tool or
+        in its declaration then stay ordinary characters and cannot open or end a turn. The system message keeps them
         (an operator may write `<|think|>`), and so does the model's own text. The default renders exactly what the
         template says. One image or video part renders as one `<|image|>` or `<|video|>`, in the order of the parts.
 
         Raises ValueError for a message, tool or variable that the template cannot take.
         """
-        if self.source is None:
-            raise ValueError(
-                "this checkpoint has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
-                "prompt it with plain text"
-            )
         wanted = {*variables, *(["enable_thinking"] if enable_thinking else []), *(["tools"] if tools else [])}
-        unused = sorted(wanted - (self._variables - self._tokens.keys()))
+        unused = sorted(wanted - self._variables)
         if unused:
             raise ValueError(f"this checkpoint's chat template has no {', '.join(unused)}")
         values = {

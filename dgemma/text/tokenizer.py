@@ -23,11 +23,11 @@ class Tokenizer:
         # A file may carry the settings of somebody's training run; a prompt is never cut or filled here.
         backend.no_truncation()
         backend.no_padding()
-        given = {name: (names or {}).get(name, f"<{name}>") for name in NAMES}
-        lost = [token for name, token in given.items() if name in (names or {}) and backend.token_to_id(token) is None]
+        lost = [token for token in (names or {}).values() if self.id(token) is None]
         if lost:
             raise ValueError(f"the tokenizer has no token {', '.join(lost)}")
-        self.names = {name: token for name, token in given.items() if backend.token_to_id(token) is not None}
+        known = {name: f"<{name}>" for name in NAMES} | dict(names or {})
+        self.names = {name: token for name, token in known.items() if self.id(token) is not None}
         self.added = {token.content: i for i, token in backend.get_added_tokens_decoder().items()}
         self.special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         self.byte_ids = frozenset(i for b in range(256) if (i := self.id(f"<0x{b:02X}>")) is not None)
@@ -46,15 +46,8 @@ class Tokenizer:
             backend = Backend.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{file}: not a tokenizer: {error}") from error
-        config = read_config(path)
-        tokens = {name: config.get(f"{name}_token") for name in NAMES}
-        # Older files write a token as an object with its text in "content".
-        contents = {name: t.get("content") if isinstance(t, dict) else t for name, t in tokens.items() if t is not None}
-        wrong = [f"{name}_token" for name, token in contents.items() if not isinstance(token, str)]
-        if wrong:
-            raise ValueError(f"{Path(path) / 'tokenizer_config.json'}: {wrong[0]} is not a token's text")
         try:
-            return cls(backend, contents)
+            return cls(backend, read_names(path))
         except ValueError as error:
             raise ValueError(f"{file}: {error}, which tokenizer_config.json names") from error
 
@@ -110,7 +103,12 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of `ids`; an id that has no token gives none. Bytes that are no UTF-8 become U+FFFD."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        try:
+            return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        except OverflowError as error:
+            raise ValueError(
+                f"ids from {min(ids)} to {max(ids)}: a token id is not negative and fits 32 bits"
+            ) from error
 
 
 class StreamDecoder:
@@ -150,3 +148,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{file}: a JSON object is expected, not {type(config).__name__}")
     return config
+
+
+def read_names(path: str | Path) -> dict[str, str]:
+    """The special tokens that tokenizer_config.json names: {"bos": "<bos>", …}; those it does not name are absent."""
+    names = {}
+    config = read_config(path)
+    for name in NAMES:
+        token = config.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token  # older files write an object
+        if token is not None and not isinstance(token, str):
+            raise ValueError(f"{Path(path) / 'tokenizer_config.json'}: {name}_token {token!r} is not a token's text")
+        if token is not None:
+            names[name] = token
+    return names

@@ -53,12 +53,15 @@ class Corruption:
 
 
 def corrupt(clean: Tensor, vocab_size: int, generator: torch.Generator, conditioning: float = 0.5) -> Corruption:
-    """Draws t ~ U(0, 1) for each canvas [rows, C] and replaces each token, with probability t, by a uniform one."""
-    rows = len(clean)
-    level = torch.rand(rows, generator=generator) * (1 - 2e-4) + 1e-4
+    """Draws t ~ U(0, 1) for each canvas [rows, C] and replaces each token, with probability t, by a uniform one.
+
+    The draws are made on the CPU, so that a seed means the same on every device.
+    """
+    level = torch.rand(len(clean), generator=generator) * (1 - 2e-4) + 1e-4
     replace = torch.rand(clean.shape, generator=generator) < level[:, None]
     noise = torch.randint(vocab_size, clean.shape, generator=generator)
-    conditioned = torch.rand(rows, generator=generator) < conditioning
+    conditioned = torch.rand(len(clean), generator=generator) < conditioning
+    level, replace, noise, conditioned = (t.to(clean.device) for t in (level, replace, noise, conditioned))
     return Corruption(clean, torch.where(replace, noise, clean), level, conditioned)
 
 
@@ -86,8 +89,8 @@ def diffusion_loss(model: DiffusionGemma, prompt: Tensor, drawn: Corruption) -> 
     """
     tape = encode(model, prompt)
     rows = len(drawn.clean)
-    examples = torch.arange(len(prompt)).repeat_interleave(rows // len(prompt))
-    soft = torch.zeros(*drawn.clean.shape, model.config.hidden_size, dtype=model.dtype)
+    examples = torch.arange(len(prompt), device=model.device).repeat_interleave(rows // len(prompt))
+    soft = torch.zeros(*drawn.clean.shape, model.config.hidden_size, dtype=model.dtype, device=model.device)
     if drawn.conditioned.any():
         chosen = drawn.conditioned.nonzero().flatten()
         with torch.no_grad():

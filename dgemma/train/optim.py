@@ -23,7 +23,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class MuonAdam(torch.optim.Optimizer):
-    """Muon on `matrices` (2-D, or 3-D stacks such as fused experts), AdamW on `others`; learning rates in their groups."""
+    """Muon on `matrices` (2-D, or 3-D stacks such as fused experts), Adam on `others`, each at its own rate."""
 
     def __init__(
         self,
@@ -43,35 +43,34 @@ class MuonAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
+            moved = [(p, p.grad) for p in group["params"] if p.grad is not None]
             if group["muon"]:
-                self._muon(parameters, group["lr"], group["momentum"])
+                self._muon(moved, group["lr"], group["momentum"])
             else:
-                self._adam(parameters, group["lr"], group["betas"])
+                self._adam(moved, group["lr"], group["betas"])
 
-    def _muon(self, parameters: list[nn.Parameter], lr: float, momentum: float) -> None:
+    def _muon(self, moved: list[tuple[Tensor, Tensor]], lr: float, momentum: float) -> None:
         alike = defaultdict(list)
-        for p in parameters:
+        for p, grad in moved:
             state = self.state[p]
-            velocity = state.setdefault("velocity", torch.zeros_like(p))
-            velocity.lerp_(p.grad, 1 - momentum)
-            alike[p.shape[-2:]].append((p, p.grad.lerp(velocity, momentum)))
+            if not state:
+                state["velocity"] = torch.zeros_like(p)
+            velocity = state["velocity"].lerp_(grad, 1 - momentum)
+            alike[tuple(p.shape[-2:])].append((p, grad.lerp(velocity, momentum)))
         for (rows, columns), pairs in alike.items():
-            updates = orthogonalise(torch.cat([u.reshape(-1, rows, columns) for _, u in pairs]))
-            scale = lr * max(1.0, rows / columns) ** 0.5
-            for (p, u), update in zip(
-                pairs, updates.split([u.numel() // (rows * columns) for _, u in pairs]), strict=True
-            ):
-                p.sub_(update.view_as(p), alpha=scale)
+            stacks = [update.reshape(-1, rows, columns) for _, update in pairs]
+            updates = orthogonalise(torch.cat(stacks)).split([len(stack) for stack in stacks])
+            for (p, _), update in zip(pairs, updates, strict=True):
+                p.sub_(update.view_as(p), alpha=lr * max(1.0, rows / columns) ** 0.5)
 
-    def _adam(self, parameters: list[nn.Parameter], lr: float, betas: tuple[float, float]) -> None:
-        for p in parameters:
+    def _adam(self, moved: list[tuple[Tensor, Tensor]], lr: float, betas: tuple[float, float]) -> None:
+        for p, grad in moved:
             state = self.state[p]
             if not state:
                 state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
             state["step"] += 1
-            state["mean"].lerp_(p.grad, 1 - betas[0])
-            state["square"].mul_(betas[1]).addcmul_(p.grad, p.grad, value=1 - betas[1])
+            state["mean"].lerp_(grad, 1 - betas[0])
+            state["square"].mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
             mean = state["mean"] / (1 - betas[0] ** state["step"])
             square = state["square"] / (1 - betas[1] ** state["step"])
             p.sub_(mean / (square.sqrt() + 1e-8), alpha=lr)

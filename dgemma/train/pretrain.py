@@ -21,7 +21,7 @@ Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: learning rates warm up, hold, and fall to a twentieth over the last `decay` share of time."""
+    """How long and how fast: rates warm up, hold, and fall to a twentieth over the last `decay` share of the time."""
 
     minutes: float
     canvases: int = 2
@@ -44,7 +44,7 @@ def train(
     out: Path,
     evaluate: Callable[[DiffusionGemma], dict[str, float]],
 ) -> DiffusionGemma:
-    """Trains until the schedule's minutes are spent, counting those of earlier runs in `out`; returns the averaged model.
+    """Trains until the schedule's minutes are spent, earlier runs in `out` counted in; returns the averaged model.
 
     Each save leaves out/state.pt (to resume from) and a line of measurements in out/log.jsonl.
     """
