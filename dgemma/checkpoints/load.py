@@ -3,10 +3,12 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from dgemma.checkpoints.headers import StoredTensor, listed, model_json, stored_tensors
 from dgemma.checkpoints.names import released_name, stored_name
@@ -14,6 +16,16 @@ from dgemma.config import ModelConfig
 from dgemma.model.network import DiffusionGemma
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+class _NoInit(TorchFunctionMode):
+    """Skips torch.nn.init: filling a tensor without storage does nothing, but imports a second's worth of modules."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
 
 
 def load_model(
@@ -33,10 +45,11 @@ def load_model(
     stored = stored_tensors(directory)
     device = resolve_device(device)
     dtype = _resolve_dtype(stored, dtype)
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInit():
         model = DiffusionGemma(replace(config, dtype=str(dtype).removeprefix("torch.")))
-    names = {stored_name(name): name for name in model.state_dict()}
-    shapes = {name: tuple(model.state_dict()[own].shape) for name, own in names.items()}
+    state = model.state_dict()
+    names = {stored_name(name): name for name in state}
+    shapes = {name: tuple(state[own].shape) for name, own in names.items()}
     chosen = _match(directory, stored, shapes, vision=config.vision is not None)
     tensors = {names[name]: tensor for name, tensor in _read(chosen, stored, device, dtype).items()}
     model.load_state_dict(tensors, assign=True)

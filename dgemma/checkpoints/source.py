@@ -15,6 +15,8 @@ def resolve(source: str | Path) -> Path:
     HF_HUB_OFFLINE count as usual.
     """
     text = str(source)
+    if not text:
+        raise ValueError("the model's name is empty; give a directory, a hub id or an embedded model's name")
     if Path(text).name == text and (EMBEDDED / text / "config.json").is_file():
         return EMBEDDED / text
     if text.endswith(".gguf"):
@@ -34,7 +36,7 @@ def _from_hub(name: str) -> Path:
 
     try:
         # The second pattern leaves out subfolders: other tools' copies of the same weights lie there.
-        return Path(snapshot_download(name, allow_patterns=list(PATTERNS), ignore_patterns=["*/*"]))
+        directory = Path(snapshot_download(name, allow_patterns=list(PATTERNS), ignore_patterns=["*/*"]))
     except errors.HFValidationError:
         raise ValueError(f"{name!r} is neither a directory here nor a hub id, which reads owner/name") from None
     except errors.GatedRepoError:
@@ -50,6 +52,9 @@ def _from_hub(name: str) -> Path:
     # The client's own errors are OSError; its HTTP library's and hf_xet's are not.
     except (OSError, errors.HTTPError, RuntimeError) as error:
         raise OSError(f"could not download {name}: {_reason(error)}") from None
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{name} holds no config.json on the hub: it is not a model with safetensors")
+    return directory
 
 
 def _unreachable(name: str, error: Exception) -> str:
@@ -73,7 +78,7 @@ def _reason(error: Exception) -> str:
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
-        return "the hub refuses HF_TOKEN (401); set a valid token, or unset it"
+        return "the hub answers 401; set HF_TOKEN to a valid token, or unset a wrong one"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk of {constants.HF_HUB_CACHE} is full; free some, or set HF_HOME to another disk"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):

@@ -118,7 +118,7 @@ class OutputParser:
     def _text(self, text: str, closed: bool = False) -> str:
         """Text without markers, in the present state; `closed` if a marker follows. Returns what must still be held."""
         if self._state is _State.HEADER:
-            if not closed and len(text) < len("thought\n") and "thought\n".startswith(text):
+            if not closed and "thought\n".startswith(text):
                 return text
             header = _HEADER.match(text)
             text = text[header.end() :] if header else text

@@ -74,17 +74,8 @@ def random_model(vision: bool = True, dtype: torch.dtype = torch.float32) -> Dif
     return model.to(dtype).eval()
 
 
-@torch.no_grad()
-def our_logits(model: DiffusionGemma, conditioned: bool = False) -> Tensor:
-    """A denoise behind a prompt longer than the window; `conditioned` feeds its logits back once."""
-    tokens, canvas = prompt_and_canvas(model.config.vocab_size)
-    cache = model.new_cache()
-    model.encode(tokens, cache)
-    first = model.denoise(canvas, cache)
-    return model.denoise(canvas, cache, first / 0.8) if conditioned else first
-
-
 def prompt_and_canvas(vocabulary: int) -> tuple[Tensor, Tensor]:
+    """int64 [1, 13] and [1, 8]: the prompt is longer than the window of 8."""
     generator = torch.Generator().manual_seed(1)
     # Below the image tokens' ids.
     return tuple(torch.randint(3, vocabulary - 16, (1, length), generator=generator) for length in (13, 8))  # type: ignore[return-value]
@@ -93,11 +84,6 @@ def prompt_and_canvas(vocabulary: int) -> tuple[Tensor, Tensor]:
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., DiffusionGemma]:
     return random_model
-
-
-@pytest.fixture(scope="session")
-def logits() -> Callable[..., Tensor]:
-    return our_logits
 
 
 @pytest.fixture(scope="session")

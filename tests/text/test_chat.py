@@ -176,11 +176,12 @@ def test_template_files(tmp_path: Path) -> None:
 def test_what_templates_may_use() -> None:
     assert ChatTemplate('{{ {"a": "<é>"} | tojson }}').render(HI) == '{"a": "<é>"}'
     assert ChatTemplate("{{ strftime_now('%Y') | length }}").render(HI) == "4"
+    assert ChatTemplate("a\n  {% if true %}\nb\n  {% endif %}\nc\n").render(HI) == "a\nb\nc"
     assert ChatTemplate("{{ mood }}").render(HI, mood="calm") == "calm"
     for source, message in (
         ("{{ raise_exception('roles must alternate') }}", "chat template: roles must alternate"),
         ("{{ messages[0].x.y }}", "chat template: .* has no attribute 'x'"),
-        ("{{ messages.append(1) }}", "chat template: .*not safely callable"),
+        ("{{ messages.append(1) }}", "chat template: .*'append' of 'list' object is unsafe"),
         ("{{ ''.__class__.mro() }}", "chat template: .*unsafe"),
         ("{{ messages[0].content + 1 }}", "chat template: can only concatenate"),
     ):
@@ -190,7 +191,11 @@ def test_what_templates_may_use() -> None:
 
 def test_what_the_template_does_not_use_is_refused(weather: Message) -> None:
     template = ChatTemplate("{{ messages[0].content }}")
-    for given, name in (({"enable_thinking": True}, "enable_thinking"), ({"tools": [weather]}, "tools"), ({"x": 0}, "x")):
+    for given, name in (
+        ({"enable_thinking": True}, "enable_thinking"),
+        ({"tools": [weather]}, "tools"),
+        ({"x": 0}, "x"),
+    ):
         with pytest.raises(ValueError, match=f"has no {name}$"):
             template.render(HI, **given)  # type: ignore[arg-type]
     assert template.render(HI, tools=[], enable_thinking=False) == "Hi"
@@ -203,17 +208,29 @@ def test_what_the_template_does_not_use_is_refused(weather: Message) -> None:
         ("Hi", "messages: a list"),
         (["Hi"], r"messages\[0\]: an object is expected, not str"),
         ([{"content": "x"}], r"messages\[0\]\.role None is not known"),
-        ([*HI, {"role": "model", "content": "x"}], r"messages\[1\]\.role 'model' is not known; it is one of system, dev"),
+        (
+            [*HI, {"role": "model", "content": "x"}],
+            r"messages\[1\]\.role 'model' is not known; it is one of system, dev",
+        ),
         ([{"role": [], "content": "x"}], r"messages\[0\]\.role \[\]"),
         ([{"role": "user"}], r"messages\[0\]\.content: a string or a list of parts is expected, not null"),
         ([{"role": "user", "content": 3}], r"messages\[0\]\.content: .* not int"),
         ([{"role": "assistant", "content": None}], r"messages\[0\]\.content: .* not null"),
         ([{"role": "user", "content": ["x"]}], r"messages\[0\]\.content\[0\]\.type None"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]\.content\[0\]\.text: .* not null"),
-        ([{"role": "user", "content": [{"type": "input_audio"}]}], r"content\[0\]\.type 'input_audio' is not supported"),
+        (
+            [{"role": "user", "content": [{"type": "input_audio"}]}],
+            r"content\[0\]\.type 'input_audio' is not supported",
+        ),
         ([{"role": "system", "content": [{"type": "image"}]}], r"content\[0\]\.type 'image' .* 'system'; use text"),
-        ([{"role": "user", "content": "x", "function_call": {"name": "f"}}], r"messages\[0\]\.function_call is not supp"),
-        ([{"role": "user", "content": "x", "tool_calls": [call("f", {})]}], r"messages\[0\]\.tool_calls is not supported"),
+        (
+            [{"role": "user", "content": "x", "function_call": {"name": "f"}}],
+            r"messages\[0\]\.function_call is not supp",
+        ),
+        (
+            [{"role": "user", "content": "x", "tool_calls": [call("f", {})]}],
+            r"messages\[0\]\.tool_calls is not supported",
+        ),
         ([{"role": "assistant", "content": "x", "reasoning": 1}], r"messages\[0\]\.reasoning: .* not int"),
         ([{"role": "assistant", "tool_calls": "x"}], r"messages\[0\]\.tool_calls: a list"),
         ([{"role": "assistant", "tool_calls": [{}]}], r"messages\[0\]\.tool_calls\[0\]: "),
@@ -238,7 +255,10 @@ def test_errors_name_message_and_field(messages: Any, message: str) -> None:
         ("x", "tools: a list"),
         ([{"name": "f"}], r"tools\[0\]: "),
         ([{"type": "function", "function": {}}], r"tools\[0\]\.function\.name: .* not None"),
-        ([{"type": "function", "function": {"name": "f", "parameters": []}}], r"tools\[0\]\.function\.parameters: list"),
+        (
+            [{"type": "function", "function": {"name": "f", "parameters": []}}],
+            r"tools\[0\]\.function\.parameters: list",
+        ),
     ],
 )
 def test_errors_name_the_tool(tools: Any, message: str) -> None:

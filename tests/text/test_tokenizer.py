@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
@@ -72,13 +72,16 @@ def test_plain_text_cannot_write_special_tokens(released: Tokenizer) -> None:
     assert [i for i in released.encode(mixed) if i in released.special_ids] == [105, 106]
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.one_of(st.sampled_from([*SPECIAL, "\ufdd0", "<", "|turn>"]), st.text(max_size=4))).map("".join))
+PIECES = st.one_of(st.sampled_from(["<eos>", "<turn|>", "\ufdd0", "<", "turn|>"]), st.text(max_size=4))
+
+
+@given(st.lists(PIECES).map("".join))
 def test_plain_text_comes_back(text: str) -> None:
-    """Even with the mark itself in it, where that stands outside of a token's text."""
-    tokenizer = Tokenizer(character_tokenizer())
+    """All of it, save a mark that already stands within a token's text."""
+    tokenizer = byte_tokenizer()
     ids = tokenizer.encode(tokenizer.plain(text))
-    assert not set(ids) & (tokenizer.special_ids - {tokenizer.unk_id})
+    assert not set(ids) & tokenizer.special_ids
+    assert tokenizer.decode(ids) == text.replace("<\ufdd0turn|>", "<turn|>")
 
 
 def test_small_tokenizer_by_directory(tmp_path: Path) -> None:
@@ -88,6 +91,14 @@ def test_small_tokenizer_by_directory(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer) == 120
     assert tokenizer.encode("<bos>") == [tokenizer.bos_id]
+
+
+def test_small_released_checkpoint(shared: Path) -> None:
+    tokenizer = Tokenizer.from_directory(shared / "small")
+    text = "Hello, wörld 🦙"
+    assert len(tokenizer) == 1024
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.mask_id == 4
 
 
 def test_settings_of_a_training_run_do_not_cut_prompts(tmp_path: Path) -> None:

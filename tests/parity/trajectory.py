@@ -1,0 +1,165 @@
+"""The reference's `generate` under injected noise, with every canvas on its way recorded, and a network to run it on."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from dgemma.config import FULL, SLIDING, GenerationConfig, ModelConfig
+from dgemma.decoding import blocks
+from dgemma.decoding.events import Block, Finished, Step
+from dgemma.decoding.noise import Noise
+from dgemma.model.network import DiffusionGemma
+
+CONFIG = ModelConfig(
+    vocab_size=48,
+    hidden_size=24,
+    intermediate_size=32,
+    moe_intermediate_size=12,
+    num_experts=4,
+    top_k_experts=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=8,
+    num_global_key_value_heads=1,
+    global_head_dim=16,
+    layer_types=(SLIDING, FULL),
+    sliding_window=7,
+    canvas_length=8,
+    max_position_embeddings=128,
+    dtype="float32",
+)
+OPTIONS = GenerationConfig(
+    max_new_tokens=24,
+    max_denoising_steps=14,
+    entropy_bound=0.2,
+    confidence_threshold=0.06,
+    eos_token_id=(1, 5, 9),
+)
+
+
+def calm(model: DiffusionGemma) -> None:
+    """Weights under which canvases settle one by one and rounding dies out instead of growing from step to step.
+
+    A position mostly believes its own token, the more so the longer that token's embedding: doubtful ones are drawn
+    anew until they fit. Feedback through self-conditioning is weak, so what differs in the last bit stays there.
+    """
+    length = torch.linspace(0.3, 0.75, model.config.vocab_size)
+    model.embed_tokens.weight.mul_(length[torch.randperm(len(length), generator=torch.Generator().manual_seed(3))][:, None])
+    model.self_conditioning.down_proj.weight.mul_(0.1)
+    for layer in model.layers:
+        layer.post_attention_layernorm.weight.mul_(0.3)
+        layer.post_feedforward_layernorm.weight.mul_(0.3)
+
+
+@dataclass
+class Trajectory:
+    """One row: for each block, [(canvas, best)] after every step; all new tokens, cut behind the end token."""
+
+    blocks: list[list[tuple[list[int], list[int]]]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    tokens_per_forward: float = math.nan
+    converged: list[bool] = field(default_factory=list)
+
+    @property
+    def steps(self) -> list[int]:
+        return [len(block) for block in self.blocks]
+
+
+def noises(seed: int, rows: int, config: ModelConfig = CONFIG) -> list[Noise]:
+    return [Noise(1000 * seed + row, config.vocab_size, config.canvas_length) for row in range(rows)]
+
+
+def our_trajectories(
+    model: DiffusionGemma, prompts: Sequence[Tensor], options: GenerationConfig, noise: Sequence[Noise]
+) -> list[Trajectory]:
+    """What `dgemma.decoding.blocks.generate` does, a row."""
+    requests = [blocks.Request(prompt, options, n) for prompt, n in zip(prompts, noise, strict=True)]
+    rows = [Trajectory() for _ in requests]
+    for event in blocks.generate(model, requests):
+        match event:
+            case Step():
+                row = rows[event.row]
+                if event.block == len(row.blocks):
+                    row.blocks.append([])
+                assert event.step == len(row.blocks[event.block]) + 1
+                row.blocks[event.block].append((event.canvas.tolist(), event.best.tolist()))
+            case Block():
+                rows[event.row].tokens += event.tokens
+                rows[event.row].converged.append(event.converged)
+            case Finished():
+                rows[event.row].tokens_per_forward = event.tokens_per_forward
+                assert event.tokens == rows[event.row].tokens
+                assert event.steps == rows[event.row].steps
+    return rows
+
+
+@torch.no_grad()
+def reference_trajectories(
+    theirs: Any, prompts: Tensor, options: GenerationConfig, noise: Sequence[Noise]
+) -> list[Trajectory]:
+    """What the reference's `generate` does with prompts [B, T] and these draws.
+
+    It runs rows in lockstep: a row that has settled waits, and its later steps and blocks are not its own.
+    """
+    from transformers.models.diffusion_gemma import generation_diffusion_gemma as reference
+
+    rows, open_rows = [Trajectory() for _ in noise], [True] * len(noise)
+    at = {"block": -1, "step": 0}
+    prepare, step = type(theirs)._prepare_denoiser_inputs, type(theirs)._denoising_step
+
+    def next_block(self: Any, **kwargs: Any) -> Any:
+        at["block"], at["step"] = at["block"] + 1, 0
+        for i, row in enumerate(rows):
+            ended = bool(row.blocks) and any(token in options.eos_token_id for token in row.blocks[-1][-1][1])
+            open_rows[i] = open_rows[i] and not ended
+            if open_rows[i]:
+                row.blocks.append([])
+        return prepare(self, **kwargs)
+
+    def next_step(self: Any, **kwargs: Any) -> Any:
+        at["step"] += 1
+        waiting = kwargs["finished_denoising"].clone()
+        canvas, best, logits, finished = step(self, **kwargs)
+        for i, row in enumerate(rows):
+            if open_rows[i] and not waiting[i]:
+                row.blocks[-1].append((canvas[i].tolist(), best[i].tolist()))
+        return canvas, best, logits, finished
+
+    def fresh(self: Any, batch_size: int, device: torch.device) -> Tensor:
+        block, n = at["block"], at["step"]
+        return torch.stack([x.renoise(block, n) if n else x.canvas(block) for x in noise])
+
+    def draw(probabilities: Tensor, num_samples: int) -> Tensor:
+        uniform = torch.cat([x.uniform(at["block"], at["step"]) for x in noise])
+        above = probabilities.double().cumsum(-1) > uniform[:, None]
+        return above.int().argmax(-1, keepdim=True)
+
+    config = reference.DiffusionGemmaGenerationConfig(
+        max_new_tokens=options.max_new_tokens,
+        max_denoising_steps=options.max_denoising_steps,
+        sampler_config=reference.EntropyBoundSamplerConfig(entropy_bound=options.entropy_bound),
+        t_min=options.t_min,
+        t_max=options.t_max,
+        stability_threshold=options.stability_threshold,
+        confidence_threshold=options.confidence_threshold,
+        eos_token_id=list(options.eos_token_id),
+        pad_token_id=options.pad_token_id,
+    )
+    with (
+        mock.patch.object(type(theirs), "_prepare_denoiser_inputs", next_block),
+        mock.patch.object(type(theirs), "_denoising_step", next_step),
+        mock.patch.object(reference.EntropyBoundSampler, "initialize_canvas", fresh),
+        mock.patch.object(torch, "multinomial", draw),
+    ):
+        out = theirs.generate(prompts, generation_config=config)
+    for i, row in enumerate(rows):
+        new = out.sequences[i, prompts.shape[1] :].tolist()
+        ends = [j for j, token in enumerate(new) if token in options.eos_token_id]
+        row.tokens = new[: ends[0] + 1] if ends else new
+        row.tokens_per_forward = float(out.tokens_per_forward[i])
+    return rows
