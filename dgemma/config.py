@@ -131,6 +131,20 @@ class ModelConfig:
         """Cached tokens that a sliding layer can still reach: the window less the token itself."""
         return self.sliding_window - 1
 
+    def cache_bytes_per_token(self, itemsize: int = 2) -> dict[str, int]:
+        """Bytes one cached token takes in all layers of a kind: {"full_attention": …, "sliding_attention": …}."""
+        sizes = {FULL: 0, SLIDING: 0}
+        for layer, kind in enumerate(self.layer_types):
+            sizes[kind] += 2 * self.kv_heads(layer) * self.head_size(layer) * itemsize
+        return sizes
+
+    def cache_bytes(self, tokens: int, itemsize: int = 2) -> int:
+        """Bytes of the pages of a row of `tokens`: full layers grow with it, sliding ones stop at the window."""
+        sizes, page = self.cache_bytes_per_token(itemsize), self.canvas_length
+        pages = -(-tokens // page)
+        dropped = max(0, tokens - self.prefix_window) // page
+        return page * (sizes[FULL] * pages + sizes[SLIDING] * (pages - dropped))
+
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
         return cls.from_dict(read_json(path))

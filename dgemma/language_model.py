@@ -80,9 +80,10 @@ class LanguageModel:
     ) -> Iterator[Event]:
         """The events of one answer as they happen, from Prefilled to Finished.
 
-        think, tools: for the chat template. noise: a list of one Noise that replaces the seeded draws. cache: an encoded
-        prefix of one row that the prompt continues; it stays as it is. autoregressive: the same weights left to right,
-        at `temperature`. options: fields of GenerationConfig, over the checkpoint's own. ValueError names a wrong one.
+        think, tools: for the chat template. noise: a list of one Noise that replaces the seeded draws. cache: an
+        encoded prefix of one row that the prompt continues; it stays as it is. autoregressive: the same weights left
+        to right, at `temperature`. options: fields of GenerationConfig, over the checkpoint's own; a wrong one is a
+        ValueError that names it.
         """
         tokens = torch.tensor(self.tokens(prompt, think=think, tools=tools), dtype=torch.int64)
         request = blocks.Request(tokens, self.defaults.with_options(**options), noise[0] if noise else self.noise(seed))
@@ -113,7 +114,10 @@ class LanguageModel:
             raise ValueError(f"{self.name} has no chat template: give text or token ids instead of messages")
         if self.task:
             messages = [self._prepared(message) for message in messages]
-        return self.template.render(messages, tools=tools, enable_thinking=think, add_generation_prompt=reply)
+        # What users and tools write cannot open or end a turn: special tokens in it stay ordinary characters.
+        return self.template.render(
+            messages, tools, enable_thinking=think, add_generation_prompt=reply, plain=self.tokenizer.plain
+        )
 
     def _prepared(self, message: Message) -> Message:
         assert self.task
@@ -159,7 +163,7 @@ class LanguageModel:
 
 
 class Chat:
-    """Several turns with one model. `send` streams an answer; what was encoded for earlier turns is not encoded again."""
+    """Several turns with one model: what was encoded for earlier turns is not encoded again."""
 
     def __init__(self, lm: LanguageModel, options: dict[str, Any]):
         self.lm, self.options = lm, options
@@ -175,8 +179,8 @@ class Chat:
     def send(self, text: str, **options: Any) -> Iterator[Event]:
         """The events of the answer to one more user message.
 
-        The turn counts once it is complete; if the caller stops early or something fails, the conversation stays as it
-        was.
+        The turn counts once it is complete; if the caller stops early or something fails, the conversation stays as
+        it was.
         """
         options = {**self.options, **options}
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -208,16 +212,12 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Langu
     "float16". Errors are one line that names the file, tensor or value and says what to do.
     """
     directory = resolve(source)
-    known = str(source) if str(source) in embedded.names() else None
-    chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
-    model = load_model(directory, chosen, dtype)
     options = directory / "generation_config.json"
-    defaults = GenerationConfig.from_file(options) if options.exists() else GenerationConfig()
     return LanguageModel(
         name=str(source),
-        model=model,
+        model=load_model(directory, device, dtype).requires_grad_(False),
         tokenizer=Tokenizer.from_directory(directory),
         template=ChatTemplate.from_directory(directory),
-        defaults=defaults,
-        task=embedded.task(known) if known else None,
+        defaults=GenerationConfig.from_file(options) if options.exists() else GenerationConfig(),
+        task=embedded.task(directory.name) if directory.parent == embedded.HERE else None,
     )

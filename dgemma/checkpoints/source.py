@@ -4,8 +4,9 @@ import errno
 import os
 from pathlib import Path
 
+from dgemma import embedded
+
 PATTERNS = ("*.json", "*.safetensors", "*.jinja")
-EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 
 
 def resolve(source: str | Path) -> Path:
@@ -17,8 +18,8 @@ def resolve(source: str | Path) -> Path:
     text = str(source)
     if not text:
         raise ValueError("the model's name is empty; give a directory, a hub id or an embedded model's name")
-    if Path(text).name == text and (EMBEDDED / text / "config.json").is_file():
-        return EMBEDDED / text
+    if shipped := embedded.directory(text):
+        return shipped
     if text.endswith(".gguf"):
         raise ValueError(f"{text}: GGUF files cannot be read yet; give a directory or a hub id with safetensors")
     path = Path(text).expanduser()

@@ -132,19 +132,3 @@ class Cache:
         parts = [page[index] for page in row.pages[kind][first:last] if page is not None]
         joined = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
         return joined[:, :, start - first * self.page : row.length - first * self.page]
-
-
-def bytes_per_token(config: ModelConfig, itemsize: int = 2) -> dict[str, int]:
-    """Bytes that one cached token takes in all layers of a kind: {"full_attention": …, "sliding_attention": …}."""
-    sizes = {FULL: 0, SLIDING: 0}
-    for layer, kind in enumerate(config.layer_types):
-        sizes[kind] += 2 * config.kv_heads(layer) * config.head_size(layer) * itemsize
-    return sizes
-
-
-def cache_bytes(config: ModelConfig, tokens: int, itemsize: int = 2) -> int:
-    """Bytes of the pages that a row of `tokens` holds: full layers grow with it, sliding layers stop at the window."""
-    sizes, page = bytes_per_token(config, itemsize), config.canvas_length
-    pages = -(-tokens // page)
-    dropped = max(0, tokens - config.prefix_window) // page
-    return page * (sizes[FULL] * pages + sizes[SLIDING] * (pages - dropped))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dgemma import embedded
 from dgemma.checkpoints import source
 from dgemma.checkpoints.source import resolve
 
@@ -253,11 +254,11 @@ def test_files_are_refused(tmp_path):
 
 
 def test_embedded_names_come_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(source, "EMBEDDED", tmp_path / "embedded")
+    monkeypatch.setattr(embedded, "HERE", tmp_path / "embedded")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sudoku").mkdir()
     (tmp_path / "embedded" / "sudoku").mkdir(parents=True)
     assert resolve("sudoku") == Path("sudoku")
-    (tmp_path / "embedded" / "sudoku" / "config.json").write_text("{}")
+    (tmp_path / "embedded" / "sudoku" / "model.safetensors").touch()
     assert resolve("sudoku") == tmp_path / "embedded" / "sudoku"
     assert resolve("./sudoku") == Path("sudoku")

@@ -37,8 +37,8 @@ OPTIONS = GenerationConfig(
     max_new_tokens=24,
     max_denoising_steps=14,
     entropy_bound=0.2,
-    confidence_threshold=0.06,
-    eos_token_id=(1, 5, 9),
+    confidence_threshold=0.1,
+    eos_token_id=(1, 39, 20),
 )
 
 
@@ -48,12 +48,13 @@ def calm(model: DiffusionGemma) -> None:
     A position mostly believes its own token, the more so the longer that token's embedding: doubtful ones are drawn
     anew until they fit. Feedback through self-conditioning is weak, so what differs in the last bit stays there.
     """
-    length = torch.linspace(0.3, 0.75, model.config.vocab_size)
-    model.embed_tokens.weight.mul_(length[torch.randperm(len(length), generator=torch.Generator().manual_seed(3))][:, None])
+    size = model.config.vocab_size
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(3))
+    model.embed_tokens.weight.mul_(torch.linspace(0.3, 0.75, size)[order][:, None])
     model.self_conditioning.down_proj.weight.mul_(0.1)
     for layer in model.layers:
-        layer.post_attention_layernorm.weight.mul_(0.3)
-        layer.post_feedforward_layernorm.weight.mul_(0.3)
+        layer.post_attention_layernorm.weight.mul_(0.6)
+        layer.post_feedforward_layernorm.weight.mul_(0.6)
 
 
 @dataclass

@@ -1,0 +1,150 @@
+"""The two sides of `dgemma bench decode`, each for a process of its own: a model directory in, seconds out.
+
+Steps count denoising steps of one canvas; early stopping is off, so that both sides take as many as they are told.
+Neither constructor imports the other side's library.
+"""
+
+from time import perf_counter
+from typing import Any
+
+from dgemma.bench.harness import peak_bytes
+
+
+class _Timed:
+    """What both sides measure, from what each can do."""
+
+    vocab_size: int
+
+    def __init__(self, threads: int, tokens: int):
+        import torch
+
+        torch.set_num_threads(threads)
+        self.tokens = tokens
+
+    def prefill(self) -> float:
+        """Seconds to encode the prompt."""
+        started = perf_counter()
+        self._encode()
+        return perf_counter() - started
+
+    def decode(self, steps: int) -> float:
+        """Seconds to encode the prompt and denoise one canvas."""
+        started = perf_counter()
+        self._generate(steps)
+        return perf_counter() - started
+
+    def peak(self) -> int | None:
+        return peak_bytes()
+
+    def _prompt(self) -> Any:
+        """int64 [tokens], the same on both sides."""
+        from dgemma.decoding.noise import Noise
+
+        return Noise(1, self.vocab_size, self.tokens).canvas(0)
+
+    def _encode(self) -> None:
+        raise NotImplementedError
+
+    def _generate(self, steps: int) -> None:
+        raise NotImplementedError
+
+
+class Ours(_Timed):
+    """This project."""
+
+    def __init__(self, directory: str, threads: int, tokens: int):
+        super().__init__(threads, tokens)
+        from dgemma.checkpoints.load import load_model
+
+        self.model = load_model(directory, device="cpu")
+        self.vocab_size = self.model.config.vocab_size
+
+    def trajectory(self, steps: int) -> list[list[list[int]]]:
+        """The canvas and the best tokens after each step."""
+        from dgemma.decoding.events import Step
+
+        return [[e.canvas.tolist(), e.best.tolist()] for e in self._events(steps) if isinstance(e, Step)]
+
+    def _encode(self) -> None:
+        import torch
+
+        with torch.inference_mode():
+            self.model.encode(self._prompt()[None], self.model.new_cache())
+
+    def _generate(self, steps: int) -> None:
+        for _ in self._events(steps):
+            pass
+
+    def _events(self, steps: int) -> Any:
+        from dgemma.config import GenerationConfig
+        from dgemma.decoding import blocks
+        from dgemma.decoding.noise import Noise
+
+        length = self.model.config.canvas_length
+        options = GenerationConfig(max_new_tokens=length, max_denoising_steps=steps, confidence_threshold=0)
+        noise = Noise(0, self.vocab_size, length)
+        return blocks.generate(self.model, [blocks.Request(self._prompt(), options, noise)])
+
+
+class Transformers(_Timed):
+    """transformers as it comes."""
+
+    def __init__(self, directory: str, threads: int, tokens: int):
+        super().__init__(threads, tokens)
+        from transformers import DiffusionGemmaForBlockDiffusion
+
+        self.model = DiffusionGemmaForBlockDiffusion.from_pretrained(directory).eval()
+        self.vocab_size = self.model.config.text_config.vocab_size
+
+    def trajectory(self, steps: int) -> list[list[list[int]]]:
+        """The same, with the draws of this project's noise in place of its own."""
+        from unittest import mock
+
+        import torch
+        from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
+
+        from dgemma.decoding.noise import Noise
+
+        noise = Noise(0, self.vocab_size, self.model.config.canvas_length)
+        step = self.model._denoising_step
+        started: list[bool] = []
+        done: list[list[list[int]]] = []
+
+        def initialize(*_: Any, **__: Any) -> Any:
+            return (noise.renoise(0, len(done) + 1) if started else noise.canvas(0))[None]
+
+        def multinomial(p: Any, num_samples: int) -> Any:
+            running = p.double().cumsum(-1)
+            drawn = noise.uniform(0, len(done) + 1).double()[:, None] * running[:, -1:]
+            return torch.searchsorted(running, drawn, right=True)
+
+        def recorded(**arguments: Any) -> Any:
+            started.append(True)
+            result = step(**arguments)
+            done.append([result[0][0].tolist(), result[1][0].tolist()])
+            return result
+
+        with (
+            mock.patch.object(generation.EntropyBoundSampler, "initialize_canvas", initialize),
+            mock.patch.object(torch, "multinomial", multinomial),
+            mock.patch.object(self.model, "_denoising_step", recorded),
+        ):
+            self._generate(steps)
+        return done
+
+    def _encode(self) -> None:
+        import torch
+        from transformers import DynamicCache
+
+        with torch.no_grad():
+            cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+            self.model.model.encoder(input_ids=self._prompt()[None], past_key_values=cache)
+
+    def _generate(self, steps: int) -> None:
+        # Its threshold must be above 0; no canvas gets there.
+        self.model.generate(
+            self._prompt()[None],
+            max_new_tokens=self.model.config.canvas_length,
+            max_denoising_steps=steps,
+            confidence_threshold=1e-30,
+        )

@@ -1,0 +1,279 @@
+"""The command line. Thin: flags of decoding come from GenerationConfig, and torch waits until a model is loaded."""
+
+import inspect
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dgemma import embedded
+from dgemma.checkpoints.source import resolve
+from dgemma.config import GenerationConfig
+
+if TYPE_CHECKING:
+    from dgemma.language_model import Generation, LanguageModel
+
+ALIASES = {"max_new_tokens": ("-n",), "max_denoising_steps": ("--steps",)}
+OF_BOTH_MODES = {"max_new_tokens"}
+
+Model = Annotated[str, typer.Argument(help="embedded name, directory or hub id")]
+Seed = Annotated[int | None, typer.Option(help="of all random draws", show_default="0")]
+System = Annotated[str | None, typer.Option(help="system message")]
+Think = Annotated[bool, typer.Option("--think", help="let the model think before it answers")]
+Visual = Annotated[bool, typer.Option("--visual", help="show the denoising, on a terminal")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: the file's own")]
+Autoregressive = Annotated[bool, typer.Option("--autoregressive", help="left to right instead of by diffusion")]
+Temperature = Annotated[float | None, typer.Option(help="of --autoregressive; 0 takes the likeliest", show_default="0")]
+
+
+class UsageError(Exception):
+    """What was asked for makes no sense, whatever the model; exit code 2."""
+
+
+def config_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with a flag for each number that GenerationConfig explains; those given arrive as `config`."""
+    known = [f for f in fields(GenerationConfig) if f.type in (int, float) and "help" in f.metadata]
+
+    def with_flags(**values: Any) -> None:
+        given = {f.name: values.pop(f.name) for f in known}
+        command(**values, config={name: value for name, value in given.items() if value is not None})
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "config"]
+    flags = []
+    for f in known:
+        names = (f"--{f.name.replace('_', '-')}", *ALIASES.get(f.name, ()))
+        option = typer.Option(*names, help=f.metadata["help"], show_default=str(f.default))
+        kind = inspect.Parameter.KEYWORD_ONLY
+        flags.append(inspect.Parameter(f.name, kind, default=None, annotation=Annotated[f.type | None, option]))  # type: ignore[operator]
+    with_flags.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
+    with_flags.__name__, with_flags.__doc__ = command.__name__, command.__doc__
+    return with_flags
+
+
+app = typer.Typer(
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    epilog="Defaults of decoding options are the release's; a checkpoint's generation_config.json overrides them.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _start(context: typer.Context) -> None:
+    """DiffusionGemma: a canvas of tokens is denoised until it is still."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+@config_flags
+def run(
+    model: Model = "sudoku",
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="the text; - reads standard input")] = None,
+    system: System = None,
+    think: Think = False,
+    visual: Visual = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result with its telemetry as JSON")] = False,
+    seed: Seed = None,
+    autoregressive: Autoregressive = False,
+    temperature: Temperature = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    *,
+    config: dict[str, Any],
+) -> None:
+    """Answer one prompt."""
+    if as_json and visual:
+        raise UsageError("--json and --visual exclude each other")
+    options = _options(config, seed, visual, autoregressive, temperature)
+    text = _prompt(prompt)
+    directory = _checked(model, config)
+    task = embedded.task(directory.name) if directory.parent == embedded.HERE else None
+    if task:
+        try:
+            task.prepare(text)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+    lm = _load(model, directory, device, dtype, think)
+    messages = [{"role": "system", "content": system}] if system else []
+    events = lm.stream([*messages, {"role": "user", "content": text}] if system else text, think=think, **options)
+    if as_json:
+        *_, finished = events
+    else:
+        from dgemma.terminal.screen import Screen
+        from dgemma.terminal.view import View
+
+        finished = View(Screen(sys.stdout), lm.tokenizer, lm.defaults.eos_token_id, visual).show(events)
+    result = lm.result(finished, options["seed"])  # type: ignore[arg-type]
+    verdict = task.check(text, result.text) if task else None
+    if as_json:
+        _print_json({"model": model, **asdict(result), **({"verdict": asdict(verdict)} if verdict else {})})
+    else:
+        _tell(result, autoregressive)
+        _judge(verdict)
+    if verdict and not verdict.right:
+        raise typer.Exit(1)
+
+
+@app.command()
+@config_flags
+def chat(
+    model: Model = "sudoku",
+    system: System = None,
+    think: Think = False,
+    visual: Visual = False,
+    seed: Seed = None,
+    autoregressive: Autoregressive = False,
+    temperature: Temperature = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    *,
+    config: dict[str, Any],
+) -> None:
+    """Talk with a model over several turns; /help lists the commands."""
+    options = _options(config, seed, visual, autoregressive, temperature)
+    lm = _load(model, _checked(model, config), device, dtype, think)
+    from dgemma.terminal.chat import Conversation
+    from dgemma.terminal.screen import Screen
+    from dgemma.terminal.view import View
+
+    chat = lm.chat(**options)
+
+    def answer(text: str, think: bool) -> None:
+        if lm.task:  # made for one question at a time
+            chat.reset()
+        view = View(Screen(sys.stdout), lm.tokenizer, lm.defaults.eos_token_id, visual)
+        result = lm.result(view.show(chat.send(text, think=think)), options["seed"])
+        _tell(result, autoregressive)
+        _judge(lm.task.check(text, result.text) if lm.task else None)
+
+    conversation = Conversation(chat, answer, think)
+    if system:
+        conversation.set_system(system)
+    conversation.run()
+
+
+@app.command()
+def info(model: Annotated[str, typer.Argument(help="embedded name, directory or hub id")]) -> None:
+    """Tell a model's sizes, what its file holds and how much memory it takes."""
+    from dgemma.terminal.info import describe
+
+    for line in describe(resolve(model)):
+        print(line)
+
+
+def _options(
+    config: dict[str, Any], seed: int | None, visual: bool, autoregressive: bool, temperature: float | None
+) -> dict[str, Any]:
+    """What `stream` takes. An option that would have no effect is an error."""
+    if seed is not None and not 0 <= seed < 1 << 64:
+        raise UsageError(f"--seed must lie in 0 … 2^64 - 1, not {seed}")
+    if temperature is not None and not autoregressive:
+        raise UsageError("--temperature needs --autoregressive; diffusion has --t-min and --t-max")
+    if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
+        raise UsageError(f"--temperature must be a number of at least 0, not {temperature}")
+    if autoregressive:
+        idle = [name for name in config if name not in OF_BOTH_MODES] + ["visual"] * visual
+        if idle:
+            raise UsageError(f"--{idle[0].replace('_', '-')} has no effect with --autoregressive")
+        if seed is not None and not temperature:
+            raise UsageError("--seed has no effect with --autoregressive at --temperature 0")
+    mode = {"autoregressive": True, "temperature": temperature or 0.0} if autoregressive else {}
+    return {**config, "seed": seed or 0, **mode}
+
+
+def _checked(model: str, config: dict[str, Any]) -> Path:
+    """The model's directory, once its own defaults agree with the options given."""
+    directory = resolve(model)
+    own = directory / "generation_config.json"
+    defaults = GenerationConfig.from_file(own) if own.exists() else GenerationConfig()
+    try:
+        defaults.with_options(**config)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return directory
+
+
+def _prompt(given: str | None) -> str:
+    """The text of -p; standard input for "-", and for no -p where it is not a terminal."""
+    if given is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise UsageError("there is no prompt: give one with -p, or pipe one in")
+    try:
+        text = sys.stdin.buffer.read().decode() if given in (None, "-") else str(given)
+        text.encode()
+    except UnicodeError:
+        raise UsageError("the prompt is not UTF-8 text") from None
+    if not text.strip():
+        raise UsageError("the prompt is empty")
+    return text.removesuffix("\n")
+
+
+def _load(model: str, directory: Path, device: str, dtype: str, think: bool) -> "LanguageModel":
+    from dgemma.language_model import load
+
+    lm = load(model if directory.parent == embedded.HERE else directory, device, dtype)
+    if think and lm.template is None:
+        raise UsageError(f"--think has no effect: {model} has no chat template")
+    return lm
+
+
+def _tell(result: "Generation", autoregressive: bool) -> None:
+    """How the answer came about, for a person; to a pipe only that it was cut."""
+    from dgemma.terminal.screen import note
+    from dgemma.terminal.view import cut, summary
+
+    told = summary(result, autoregressive) if sys.stderr.isatty() else cut(result)
+    if told:
+        note(" · ".join(told), faint=True)
+
+
+def _judge(verdict: embedded.Verdict | None) -> None:
+    from dgemma.terminal.screen import note
+
+    if verdict:
+        note(f"{'right' if verdict.right else 'wrong'}: {verdict.reason}")
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    from dgemma.terminal.layout import Style
+    from dgemma.terminal.screen import Screen
+
+    Screen(sys.stdout).show([(json.dumps(values, indent=2, ensure_ascii=False) + "\n", Style.PLAIN)])
+
+
+def main() -> None:
+    """Runs a command. An error is one line on standard error: exit code 2 for a wrong call, 1 for the rest."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal of few characters is no reason to fail
+    try:
+        code = app(standalone_mode=False) or 0
+        sys.stdout.flush()
+    except (UsageError, typer.TyperException) as error:
+        code = _failed(error, getattr(error, "exit_code", 2))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has no reader
+        code = 1
+    except (OSError, ValueError, MemoryError) as error:
+        code = _failed(error, 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported
+            raise
+        code = _failed(error, 1)
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def _failed(error: Exception, code: int) -> int:
+    message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+    print(f"dgemma: {' '.join(message.split()) or type(error).__name__}", file=sys.stderr)
+    return code
