@@ -5,7 +5,7 @@ from time import perf_counter
 
 import torch
 
-from dgemma.decoding.blocks import Request
+from dgemma.decoding.blocks import Request, check_room
 from dgemma.decoding.events import Block, Event, Prefilled
 from dgemma.model.cache import Cache
 from dgemma.model.network import DiffusionGemma
@@ -26,6 +26,7 @@ def generate(
     started = perf_counter()
     cache = cache.fork() if cache is not None else model.new_cache(1)
     cached = cache.lengths[0]
+    check_room(model, request, cached, request.options.max_new_tokens)
     token = request.prompt[-1:]
     model.encode([request.prompt[:-1]], cache)
     request.prompt_tokens = cached + len(request.prompt)

@@ -83,21 +83,26 @@ def prefixes(model: DiffusionGemma, requests: Sequence[Request], cache: Cache | 
     if cache is not None and len(cache.rows) != len(requests):
         raise ValueError(f"the cache has {len(cache.rows)} rows for {len(requests)} requests")
     cache = cache.fork() if cache is not None else model.new_cache(len(requests))
+    canvas = model.config.canvas_length
     for row, request in enumerate(requests):
-        if not len(request.prompt) and not cache.lengths[row]:
+        if not cache.lengths[row] + len(request.prompt):
             raise ValueError(f"the prompt of row {row} is empty; give at least one token")
-        blocks = math.ceil(request.options.max_new_tokens / len(request.noise.canvas(0)))
-        wanted = cache.lengths[row] + len(request.prompt) + blocks * model.config.canvas_length
-        if wanted > model.config.max_position_embeddings:
-            raise ValueError(
-                f"prompt and answer need {wanted} positions; the model has {model.config.max_position_embeddings}: "
-                "shorten the prompt or lower max_new_tokens"
-            )
+        check_room(model, request, cache.lengths[row], math.ceil(request.options.max_new_tokens / canvas) * canvas)
     model.encode([r.prompt for r in requests], cache)
     for row, request in enumerate(requests):
         request.prompt_tokens = cache.lengths[row]
         request.prefill_seconds = (perf_counter() - started) / len(requests)
     return cache
+
+
+def check_room(model: DiffusionGemma, request: Request, cached: int, new: int) -> None:
+    """ValueError if prompt and `new` positions do not fit behind what is cached."""
+    wanted, have = cached + len(request.prompt) + new, model.config.max_position_embeddings
+    if wanted > have:
+        raise ValueError(
+            f"prompt and answer need {wanted} positions; the model has {have}: "
+            "shorten the prompt or lower max_new_tokens"
+        )
 
 
 def commit(model: DiffusionGemma, cache: Cache, canvases: Sequence[Canvas], requests: Sequence[Request]) -> None:

@@ -30,7 +30,8 @@ class Reading:
 def read(head: TiedEmbedding, states: Tensor, temperature: Tensor, uniform: Tensor, soft: bool = True) -> Reading:
     """Statistics of softmax(logits / temperature) for states [B, C, hidden], temperatures [B] and uniforms [B, C].
 
-    best: arg-max; entropy: float32 nats; proposal: the smallest token v with cumsum(p)[v] > uniform.
+    best: arg-max; entropy: float32 nats; proposal: the smallest token v with cumsum(p)[v] > uniform. The expected
+    embedding is made of the float32 probabilities; the reference rounds the logits to the weights' dtype before.
     """
     shape, hidden = states.shape[:2], states.shape[-1]
     x, u = states.reshape(-1, hidden), uniform.reshape(-1)

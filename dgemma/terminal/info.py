@@ -20,7 +20,7 @@ def describe(directory: Path) -> Iterator[str]:
     idle = parts["experts"] * (config.num_experts - config.top_k_experts) // config.num_experts
     kinds = config.layer_types
 
-    yield f"{directory}"
+    yield str(directory)
     yield _line("parameters", f"{_count(total)}, {_count(total - idle - parts['vision'])} of them used by a text token")
     yield from (_line(f"  {part}", _count(number)) for part, number in parts.items() if number)
     layers = f"{len(kinds)}: {kinds.count(SLIDING)} sliding (window {config.sliding_window}), {kinds.count(FULL)} full"

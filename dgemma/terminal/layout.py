@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 from enum import Enum
+from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
+from unicodedata import category
 
 from rich.cells import get_character_cell_size
 
@@ -56,10 +58,13 @@ def cells(text: str) -> int:
     return sum(map(_cells, text))
 
 
+@lru_cache(4096)
 def _cells(character: str) -> int:
     if ord(character) in SKIN_TONES or ord(character) in FLAG_LETTERS:
         return 2
-    return 1 if character == EMOJI_STYLE else get_character_cell_size(character)
+    if character == EMOJI_STYLE or category(character) == "Mc":
+        return 1
+    return get_character_cell_size(character)
 
 
 def clusters(pieces: Iterable[Piece]) -> Iterator[Cluster]:
@@ -68,19 +73,20 @@ def clusters(pieces: Iterable[Piece]) -> Iterator[Cluster]:
     for text, style in pieces:
         for character in clean(text):
             width = _cells(character)
-            if held and held.text not in "\n\t" and _joins(held.text, character, width):
+            if held and _joins(held.text, character):
                 held = Cluster(held.text + character, held.style, held.cells + width)
                 continue
             if held:
                 yield held
-            held = Cluster(character, style, width)
+            held = Cluster(character, style, max(1, width))  # a combining one without a base may be given a blank
     if held:
         yield held
 
 
-def _joins(before: str, character: str, width: int) -> bool:
-    extends = character == EMOJI_STYLE or ord(character) in SKIN_TONES
-    return (width == 0 and character not in "\n\t") or extends or before.endswith(ZWJ)
+def _joins(before: str, character: str) -> bool:
+    if before in "\n\t" or character in "\n\t":
+        return False
+    return before.endswith(ZWJ) or ord(character) in SKIN_TONES or get_character_cell_size(character) == 0
 
 
 def wrap(pieces: Iterable[Piece], columns: int) -> list[Row]:
@@ -124,7 +130,7 @@ def flow(parts: Iterable[str], columns: int, between: str = " · ") -> list[str]
         if rows and cells(joined) <= columns:
             rows[-1] = joined
         else:
-            rows.append("".join(c.text for c in wrap([(part, Style.PLAIN)], max(1, columns))[0]))
+            rows.append("".join(c.text for c in wrap([(part, Style.PLAIN)], columns)[0]))
     return rows
 
 

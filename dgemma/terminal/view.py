@@ -29,7 +29,7 @@ class View:
         self,
         screen: Screen,
         tokenizer: Tokenizer,
-        ends: Iterable[int] = (),
+        ends: Iterable[int],
         visual: bool = False,
         aside: Screen | None = None,
         clock: Callable[[], float] = monotonic,
@@ -74,7 +74,7 @@ class View:
         assert self._step
         self._drawn_at, self._undrawn = self.clock(), False
         columns, height = self.screen.size
-        status = self._status(self._step, columns - 1)
+        status = self._status(self._step, max(1, columns - 1))
         rows = wrap([*self._tail, *self.canvas.pieces(self._step, self._before)], columns)
         room = max(1, height - len(status))
         if len(rows) > room:
@@ -141,12 +141,13 @@ class View:
         """Whole lines go into the terminal's own text; the last one stays, since the next block continues it."""
         settled, self._tail = _split_at_last_break([*self._tail, *pieces])
         columns, height = self.screen.size
-        rows = wrap(self._tail, columns)
-        if len(rows) > height // 2:  # a long paragraph: the part that can no longer change goes, row by row
+        rows = wrap(self._tail, max(1, columns - 1))
+        if len(rows) > max(1, height // 2):  # a long paragraph: all rows that can no longer change go
             for row in rows[:-1]:
                 settled += [*((c.text, c.style) for c in row), ("\n", Style.PLAIN)]
-            self._tail = [(c.text, c.style) for c in rows[-1]]
-        self.screen.show(settled, wrap(self._tail, columns - 1) if self._tail else ())
+            rows = rows[-1:]
+            self._tail = [(c.text, c.style) for c in rows[0]]
+        self.screen.show(settled, rows if self._tail else ())
 
 
 def _split_at_last_break(pieces: list[Piece]) -> tuple[list[Piece], list[Piece]]:
@@ -170,7 +171,7 @@ def summary(result: "Generation", autoregressive: bool = False) -> list[str]:
     if not autoregressive:
         capped = result.converged.count(False)
         blocks = len(result.converged)
-        parts.append(f"{capped} of {blocks} blocks at the cap of steps, not converged" if capped else "converged")
+        parts.append(f"{capped} of {blocks} blocks not converged" if capped else "converged")
     return parts + cut(result)
 
 

@@ -6,7 +6,6 @@ import torch
 
 from dgemma.decoding.noise import Noise, stacked
 
-
 RECORDED = {
     "canvas": [228608, 77428, 110126, 106271],
     "renoise": [250191, 151124, 103042, 240637],
@@ -14,7 +13,7 @@ RECORDED = {
 }
 
 
-def draws(noise: Noise, blocks=range(3), steps=range(1, 4)) -> dict[tuple, torch.Tensor]:
+def draws(noise: Noise, blocks=(0, 1, 2), steps=(1, 2, 3)) -> dict[tuple, torch.Tensor]:
     found = {("canvas", b): noise.canvas(b) for b in blocks}
     found |= {("renoise", b, n): noise.renoise(b, n) for b in blocks for n in steps}
     return found | {("uniform", b, n): noise.uniform(b, n) for b in blocks for n in steps}
@@ -32,7 +31,7 @@ def test_shapes_dtypes_and_ranges():
 def test_the_same_in_any_order_and_object():
     first, second = Noise(42, 1000, 64), Noise(42, 1000, 64)
     expected = draws(first)
-    backwards = draws(second, blocks=reversed(range(3)), steps=reversed(range(1, 4)))
+    backwards = draws(second, blocks=(2, 1, 0), steps=(3, 2, 1))
     assert all(torch.equal(expected[name], backwards[name]) for name in expected)
     assert all(torch.equal(first.uniform(1, 2), values) for values in [first.uniform(1, 2) for _ in range(3)])
 

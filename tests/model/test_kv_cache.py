@@ -1,17 +1,13 @@
 """The cache: any chunking gives the same one, rows do not touch each other, nothing shared is ever written."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from parity.reference import randomise, tokens
 from torch import Tensor
 
-from dgemma.config import FULL, SLIDING, ModelConfig
+from dgemma.config import FULL, SLIDING, GenerationConfig, ModelConfig
 from dgemma.decoding import blocks
 from dgemma.decoding.noise import Noise
-from dgemma.config import GenerationConfig
-from dgemma.model import cache as caches
 from dgemma.model import network
 from dgemma.model.attention import Span
 from dgemma.model.cache import Cache
@@ -119,7 +115,8 @@ def test_rows_of_a_batch_equal_the_same_rows_alone(model):
     rows = [prompt(length, seed) for seed, length in enumerate(lengths)]
     together = encoded(model, *rows)
     canvas = tokens((len(rows), CONFIG.canvas_length), CONFIG.vocab_size, 9)
-    previous = 3 * torch.randn(len(rows), CONFIG.canvas_length, CONFIG.vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    previous = 3 * torch.randn(len(rows), CONFIG.canvas_length, CONFIG.vocab_size, generator=generator)
     first, conditioned = model.denoise(canvas, together), model.denoise(canvas, together, previous)
     causal = model.encode(rows, model.new_cache(len(rows)), logits=True)
     for i, row in enumerate(rows):
@@ -185,7 +182,7 @@ def test_fork_continues_and_leaves_its_source(model):
 def test_fork_shares_full_pages_only(model):
     source = encoded(model, prompt(22))
     alone = source.nbytes
-    assert alone == CONFIG_BYTES(22)
+    assert alone == bytes_by_hand(22)
     fork = source.fork()
     shared = [a is b for a, b in zip(source.rows[0].pages[FULL], fork.rows[0].pages[FULL], strict=True)]
     assert shared == [True] * 5 + [False]
@@ -219,21 +216,11 @@ PER_TOKEN = {FULL: 2 * 2 * 1 * 16 * 4, SLIDING: 3 * 2 * 2 * 8 * 4}
 """By hand: 2 full layers of 1 x 16 and 3 sliding layers of 2 x 8, keys and values, 4 bytes each."""
 
 
-def CONFIG_BYTES(length: int) -> int:  # noqa: N802
+def bytes_by_hand(length: int) -> int:
     """By hand: pages of 4 tokens; a sliding page goes when all of it is 11 or more tokens back."""
     held_pages = -(-length // 4)
     gone = max(0, (length - 10) // 4)
     return 4 * (PER_TOKEN[FULL] * held_pages + PER_TOKEN[SLIDING] * (held_pages - gone))
-
-
-def token_bytes(config: ModelConfig, itemsize: int) -> dict[str, int]:
-    method = getattr(config, "cache_bytes_per_token", None)
-    return method(itemsize) if method else caches.bytes_per_token(config, itemsize)
-
-
-def row_bytes(config: ModelConfig, length: int, itemsize: int) -> int:
-    method = getattr(config, "cache_bytes", None)
-    return method(length, itemsize) if method else caches.cache_bytes(config, length, itemsize)
 
 
 def test_bytes_held_follow_the_arithmetic(model):
@@ -241,33 +228,32 @@ def test_bytes_held_follow_the_arithmetic(model):
     cache, sliding, full = model.new_cache(), [], []
     for length in range(1, 5 * CONFIG.sliding_window):
         model.encode([prompt(1, length)], cache)
-        assert cache.nbytes == CONFIG_BYTES(length) == row_bytes(CONFIG, length, 4)
+        assert cache.nbytes == bytes_by_hand(length) == CONFIG.cache_bytes(length, 4)
         sliding.append(sum(p.nbytes for p in cache.rows[0].pages[SLIDING] if p is not None))
         full.append(sum(p.nbytes for p in cache.rows[0].pages[FULL] if p is not None))
     assert full == [4 * PER_TOKEN[FULL] * -(-n // 4) for n in range(1, 5 * CONFIG.sliding_window)]
     most = PER_TOKEN[SLIDING] * (CONFIG.prefix_window + 2 * CONFIG.canvas_length)
     assert max(sliding) == max(sliding[-CONFIG.canvas_length :]) <= most
     rows = encoded(model, prompt(22), prompt(9))
-    assert rows.nbytes == CONFIG_BYTES(22) + CONFIG_BYTES(9)
+    assert rows.nbytes == bytes_by_hand(22) + bytes_by_hand(9)
 
 
 def test_bytes_follow_the_dtype(model):
-    half = replace(CONFIG)
-    cache = Cache(half, 1, torch.bfloat16, torch.device("cpu"))
+    cache = Cache(CONFIG, 1, torch.bfloat16, torch.device("cpu"))
     cache.reserve(0, 9)
-    assert cache.nbytes == CONFIG_BYTES(9) // 2 == row_bytes(half, 9, 2)
+    assert cache.nbytes == bytes_by_hand(9) // 2 == CONFIG.cache_bytes(9, 2)
 
 
 def test_bytes_of_the_released_model_at_256k(shared):
     config = ModelConfig.from_file(shared / "config.json")
-    sizes = token_bytes(config, 2)
+    sizes = config.cache_bytes_per_token(2)
     assert sizes[FULL] == 5 * 2 * 2 * 512 * 2 == 20_480
     assert sizes[SLIDING] == 25 * 2 * 8 * 256 * 2 == 204_800
     # 1024 pages of 256 in the full layers: 5 GiB; the sliding layers hold the 1023 last tokens, in 4 pages.
     tokens_at_end = 262_144
-    assert row_bytes(config, tokens_at_end, 2) == 20_480 * 262_144 + 204_800 * 1024
+    assert config.cache_bytes(tokens_at_end, 2) == 20_480 * 262_144 + 204_800 * 1024
     assert 20_480 * 262_144 == 5 << 30
-    assert row_bytes(config, 1, 2) == (20_480 + 204_800) * 256
-    assert row_bytes(config, 1024, 2) == (20_480 + 204_800) * 1024
-    assert row_bytes(config, 1025, 2) == 20_480 * 1280 + 204_800 * 1280
-    assert row_bytes(config, 0, 2) == 0
+    assert config.cache_bytes(1, 2) == (20_480 + 204_800) * 256
+    assert config.cache_bytes(1024, 2) == (20_480 + 204_800) * 1024
+    assert config.cache_bytes(1025, 2) == 20_480 * 1280 + 204_800 * 1280
+    assert config.cache_bytes(0, 2) == 0

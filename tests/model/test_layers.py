@@ -14,7 +14,7 @@ CONFIG = ModelConfig(20, 12, 8, 6, 5, 3, 2, 1, 8, 1, 8, (FULL,), 4)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> Tensor:
-    batch, heads, length, size = q.shape
+    batch, heads, length, _ = q.shape
     seen = k.shape[2]
     out = torch.empty_like(q)
     for b in range(batch):
@@ -22,9 +22,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int |
             group = h // (heads // k.shape[1])
             for i in range(length):
                 at = seen - length + i
-                keys = [
-                    j for j in range(seen) if not causal or (j <= at and (window is None or j > at - window))
-                ]
+                keys = [j for j in range(seen) if not causal or (j <= at and (window is None or j > at - window))]
                 weights = torch.softmax(k[b, group, keys] @ q[b, h, i], -1)
                 out[b, h, i] = weights @ v[b, group, keys]
     return out

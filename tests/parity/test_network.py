@@ -2,7 +2,7 @@
 
 import copy
 import random
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -30,7 +30,7 @@ BF16_OURS, BF16_SHARE = 0.06, 1.25
 """In bfloat16 the median position is this close to the reference's, and its error at most this share of theirs."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def pair(seed: int) -> tuple[DiffusionGemma, Any]:
     return make_reference(random_config(random.Random(seed)), seed)
 

@@ -1,4 +1,4 @@
-"""The reference's `generate` under injected noise, with every canvas on its way recorded, and a network to run it on."""
+"""The reference's `generate` under injected noise, every canvas on its way recorded, and a network to run it on."""
 
 import math
 from collections.abc import Sequence
