@@ -9,7 +9,7 @@ PUZZLE := 53..7.912 6..195..8 198...567 .5.76..23 4.68.3.91 7.39.4..6 9615..284 
 .PHONY: demo test test-slow test-gpu check clean
 
 demo: .venv/ready
-	$(BIN)/dgemma run sudoku --visual --prompt "$(PUZZLE)"
+	$(BIN)/dgemma run sudoku --visual --pace 0.4 --prompt "$(PUZZLE)"
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest -m "not slow and not gpu"

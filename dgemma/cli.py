@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dgemma import embedded
+from dgemma.bench.cli import app as bench
 from dgemma.checkpoints.source import resolve
 from dgemma.config import GenerationConfig
 
@@ -65,6 +66,9 @@ app = typer.Typer(
 )
 
 
+app.add_typer(bench, name="bench")
+
+
 @app.callback(invoke_without_command=True)
 def _start(context: typer.Context) -> None:
     """DiffusionGemma: a canvas of tokens is denoised until it is still."""
@@ -80,6 +84,7 @@ def run(
     system: System = None,
     think: Think = False,
     visual: Visual = False,
+    pace: Annotated[float | None, typer.Option(help="seconds that --visual shows each step, at least")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the result with its telemetry as JSON")] = False,
     seed: Seed = None,
     autoregressive: Autoregressive = False,
@@ -92,6 +97,8 @@ def run(
     """Answer one prompt."""
     if as_json and visual:
         raise UsageError("--json and --visual exclude each other")
+    if pace is not None and not (visual and 0 <= pace <= 60):
+        raise UsageError("--pace takes 0 to 60 seconds" if visual else "--pace has no effect without --visual")
     options = _options(config, seed, visual, autoregressive, temperature)
     text = _prompt(prompt)
     directory = _checked(model, config)
@@ -111,7 +118,8 @@ def run(
         from dgemma.terminal.screen import Screen
         from dgemma.terminal.view import View
 
-        finished = View(Screen(sys.stdout), lm.tokenizer, lm.defaults.eos_token_id, visual).show(events)
+        view = View(Screen(sys.stdout), lm.tokenizer, lm.defaults.eos_token_id, visual, pace=pace or 0.0)
+        finished = view.show(events)
     result = lm.result(finished, options["seed"])  # type: ignore[arg-type]
     verdict = task.check(text, result.text) if task else None
     if as_json:
@@ -166,7 +174,7 @@ def info(model: Annotated[str, typer.Argument(help="embedded name, directory or 
     """Tell a model's sizes, what its file holds and how much memory it takes."""
     from dgemma.terminal.info import describe
 
-    for line in describe(resolve(model)):
+    for line in describe(resolve(model, weights=False)):
         print(line)
 
 

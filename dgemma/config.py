@@ -11,7 +11,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of one kind of layer; `type` is "default" (all pairs turn) or "proportional" (the first ones)."""
+    """Rotary positions of one kind of layer; `type` is "default" (all pairs turn) or "proportional" (the first)."""
 
     theta: float
     type: str = "default"

@@ -199,10 +199,13 @@ class Chat:
     @torch.inference_mode()
     def _encode(self, tokens: list[int]) -> None:
         """Brings the cache to these tokens: from what it holds if they continue it, else from nothing."""
-        if tokens[: len(self._encoded)] != self._encoded:
-            self._encoded, self._cache = [], self.lm.model.new_cache()
-        self.lm.model.encode([torch.tensor(tokens[len(self._encoded) :], dtype=torch.int64)], self._cache)
-        self._encoded = tokens
+        encoded, cache = self._encoded, self._cache
+        if tokens[: len(encoded)] != encoded:
+            encoded, cache = [], self.lm.model.new_cache()
+        # Until it is through, nothing counts: an encode that is interrupted leaves a cache of unknown length.
+        self._encoded, self._cache = [], self.lm.model.new_cache()
+        self.lm.model.encode([torch.tensor(tokens[len(encoded) :], dtype=torch.int64)], cache)
+        self._encoded, self._cache = tokens, cache
 
 
 def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> LanguageModel:

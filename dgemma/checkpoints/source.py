@@ -6,12 +6,14 @@ from pathlib import Path
 
 from dgemma import embedded
 
-PATTERNS = ("*.json", "*.safetensors", "*.jinja")
+DESCRIPTIONS = ("*.json", "*.jinja")
+PATTERNS = (*DESCRIPTIONS, "*.safetensors")
 
 
-def resolve(source: str | Path) -> Path:
+def resolve(source: str | Path, weights: bool = True) -> Path:
     """The directory of an embedded model's name, a local directory, or a hub id, which is downloaded or found in cache.
 
+    Without `weights`, a hub id brings only what describes the model: configs, tokenizer, template.
     Raises OSError or ValueError with one line that says what to do. HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and
     HF_HUB_OFFLINE count as usual.
     """
@@ -29,15 +31,15 @@ def resolve(source: str | Path) -> Path:
         raise NotADirectoryError(f"{path} is a file; give the directory that holds it and its config.json")
     if isinstance(source, Path) or text.startswith((".", "~", "/")) or text.count("/") > 1 or "\\" in text:
         raise FileNotFoundError(f"there is no directory {path}")
-    return _from_hub(text)
+    return _from_hub(text, PATTERNS if weights else DESCRIPTIONS)
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
 
     try:
         # The second pattern leaves out subfolders: other tools' copies of the same weights lie there.
-        directory = Path(snapshot_download(name, allow_patterns=list(PATTERNS), ignore_patterns=["*/*"]))
+        directory = Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
     except errors.HFValidationError:
         raise ValueError(f"{name!r} is neither a directory here nor a hub id, which reads owner/name") from None
     except errors.GatedRepoError:

@@ -7,7 +7,6 @@ processor's cache, reused buffers and operations in place are what makes this ch
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dgemma.model.head import TiedEmbedding

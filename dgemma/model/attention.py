@@ -19,7 +19,7 @@ SCORES_LIMIT = 1 << 26
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive rows of the flat token axis that look alike: `rows` x `length` new tokens after `past` cached ones."""
+    """Rows that look alike, side by side on the flat token axis: `length` new tokens each, after `past` cached ones."""
 
     row: int
     rows: int
@@ -103,7 +103,7 @@ def _by_head(x: Tensor, span: Span) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window: int | None = None) -> Tensor:
-    """Softmax attention of q [B, H, T, D] over k, v [B, K, S, D], scale 1; the last T of the S keys are the queries' own.
+    """Softmax attention of q [B, H, T, D] over k, v [B, K, S, D], scale 1; the last T keys are the queries' own.
 
     Not causal: every query sees every key. That is the canvas, and the rectangle of the sliding layers comes from which
     keys are given. Causal: a query sees itself and what is before it, no further back than `window` tokens.

@@ -107,7 +107,7 @@ class Cache:
                 done += count
 
     def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor] | None:
-        """Keys and values [B, K, S, D] of the encoded tokens that the span reaches, gathered once between two writes."""
+        """Keys and values [B, K, S, D] of what the span reaches, gathered once between two writes."""
         if span.past == 0:
             return None
         rows = self.rows[span.row : span.row + span.rows]

@@ -10,7 +10,7 @@ from dgemma.model.layers import RMSNorm
 
 
 class Router(nn.Module):
-    """x [N, hidden] to (weights float32 [N, k], experts int64 [N, k]); the weights sum to 1 before the experts' scale."""
+    """x [N, hidden] to (weights float32 [N, k], experts int64 [N, k]); weights sum to 1 before the experts' scale."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -28,7 +28,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Gated MLPs, E of them: `gate_up_proj` [E, 2 * inner, hidden] (gate rows first), `down_proj` [E, hidden, inner]."""
+    """E gated MLPs: `gate_up_proj` [E, 2 * inner, hidden] (gate rows first), `down_proj` [E, hidden, inner]."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -12,7 +12,8 @@ class TiedEmbedding(nn.Embedding):
     """Token embeddings times sqrt(hidden), which are also the rows of the vocabulary head."""
 
     def __init__(self, config: ModelConfig):
-        super().__init__(config.vocab_size, config.hidden_size)
+        # Looking the pad token up teaches nothing, as in the reference.
+        super().__init__(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.cap = config.final_logit_softcapping
 
     @property

@@ -104,7 +104,7 @@ class DiffusionGemma(nn.Module):
         return [torch.cat(parts) if parts else self._no_logits() for parts in outputs] if logits else None
 
     def denoise(self, canvas: Tensor, cache: Cache, previous_logits: Tensor | None = None) -> Tensor:
-        """Logits float32 [B, C, V] of a canvas int64 [B, C] that continues each row of the cache, which stays unchanged.
+        """Logits float32 [B, C, V] of a canvas int64 [B, C] that continues each row of the cache; that stays as it is.
 
         previous_logits: the last step's logits divided by its temperature, [B, C, V]; None on a first step.
         """

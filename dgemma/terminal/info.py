@@ -14,7 +14,7 @@ CONTEXTS = (1, 8, 32, 256)
 def describe(directory: Path) -> Iterator[str]:
     """Lines about the model in a directory. Raises OSError or ValueError that names the file."""
     config = ModelConfig.from_file(directory / "config.json")
-    stored = inspect(directory)
+    stored = inspect(directory) if any(directory.glob("*.safetensors")) else None
     parts = count_parameters(config)
     total = sum(parts.values())
     idle = parts["experts"] * (config.num_experts - config.top_k_experts) // config.num_experts
@@ -31,8 +31,11 @@ def describe(directory: Path) -> Iterator[str]:
     yield _line("canvas", f"{config.canvas_length} tokens")
     yield _line("context", f"{config.max_position_embeddings:,} tokens")
     yield ""
-    yield _line("file", f"{stored.tensors} tensors in {len(stored.shards)} file(s), {_size(stored.bytes)}")
-    yield from (_line(f"  as {dtype}", _size(number)) for dtype, number in stored.bytes_by_dtype.items())
+    if stored:
+        yield _line("file", f"{stored.tensors} tensors in {len(stored.shards)} file(s), {_size(stored.bytes)}")
+        yield from (_line(f"  as {dtype}", _size(number)) for dtype, number in stored.bytes_by_dtype.items())
+    else:
+        yield _line("file", "the weights are not on this machine")
     yield "memory of the weights"
     yield from (_line(f"  in {dtype}", _size(total * size)) for dtype, size in ITEMSIZES.items())
     yield "memory of the cache, a conversation"

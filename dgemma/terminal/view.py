@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from time import monotonic
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from dgemma.decoding.events import Block, Event, Finished, Prefilled, Step
@@ -22,6 +22,7 @@ LEGEND: list[Piece] = [("accepted", Style.ACCEPTED), ("changed", Style.CHANGED),
 class View:
     """Shows one answer: block by block, or with `visual` on a live terminal step by step.
 
+    `pace`: seconds that each step stays on the screen at least, for models that are done before anyone has looked.
     Thoughts come dim before the answer on a terminal; otherwise they go to `aside`, and `out` gets the answer alone.
     """
 
@@ -33,8 +34,9 @@ class View:
         visual: bool = False,
         aside: Screen | None = None,
         clock: Callable[[], float] = monotonic,
+        pace: float = 0.0,
     ):
-        self.screen, self.clock = screen, clock
+        self.screen, self.clock, self.pace = screen, clock, pace
         self.aside = screen if screen.tty else aside or Screen(sys.stderr)
         self.visual = visual and screen.live
         self.canvas = CanvasText(tokenizer, ends)
@@ -67,8 +69,9 @@ class View:
     def _take(self, step: Step) -> None:
         self._before = self._step if self._step and self._step.block == step.block else None
         self._step, self._undrawn = step, True
-        if self.visual and self.clock() - self._drawn_at >= 1 / FRAMES_A_SECOND:
+        if self.visual and (self.pace or self.clock() - self._drawn_at >= 1 / FRAMES_A_SECOND):
             self._draw()
+            sleep(self.pace)
 
     def _draw(self) -> None:
         assert self._step

@@ -96,6 +96,7 @@ def diffusion_loss(model: DiffusionGemma, prompt: Tensor, drawn: Corruption) -> 
         with torch.no_grad():
             view = tape.canvases_of(examples[chosen])
             logits = denoise_logits(model, drawn.noised[chosen], view, [prompt.shape[1]] * len(chosen), None)
-            soft[chosen] = model.embed_tokens.soft(logits.softmax(-1)).to(soft.dtype)
+        # The first pass is not learnt from, but the embedding that its belief is expressed in is.
+        soft = soft.index_put((chosen,), model.embed_tokens.soft(logits.softmax(-1)).to(soft.dtype))
     logits = denoise_logits(model, drawn.noised, tape.canvases_of(examples), [prompt.shape[1]] * rows, soft)
     return F.cross_entropy(logits.flatten(0, 1), drawn.clean.flatten(), reduction="none").view(drawn.clean.shape)

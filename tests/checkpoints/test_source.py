@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from dgemma import embedded
-from dgemma.checkpoints import source
 from dgemma.checkpoints.source import resolve
 
 ROOT = Path(__file__).resolve().parents[2]

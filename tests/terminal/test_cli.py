@@ -94,6 +94,8 @@ class TestWithoutTorch:
             (["run", "MODEL", "-p", "x", "--seed", "-1"], 2, "--seed"),
             (["run", "MODEL", "-p", "x", "--dtype", "int8"], 2, "bfloat16"),
             (["run", "MODEL", "-p", "x", "--json", "--visual"], 2, "--json and --visual"),
+            (["run", "MODEL", "-p", "x", "--pace", "1"], 2, "--pace has no effect"),
+            (["run", "MODEL", "-p", "x", "--visual", "--pace", "-1"], 2, "--pace takes 0 to 60"),
             (["run", "MODEL", "-p", "x", "--temperature", "1"], 2, "--temperature needs --autoregressive"),
             (["run", "MODEL", "-p", "x", "--autoregressive", "--temperature", "nan"], 2, "--temperature must be"),
             (["run", "MODEL", "-p", "x", "--autoregressive", "--steps", "3"], 2, "--max-denoising-steps has no effect"),
@@ -220,6 +222,13 @@ class TestSudoku:
         assert process.finish() == 0
         assert process.lines[:9] == SOLUTION
         assert any(line.startswith("right: ") for line in process.lines)
+
+    def test_at_a_pace_every_step_is_shown(self):
+        process = Process(["run", "--visual", "--pace", "0.02", "-p", PUZZLE])
+        assert process.finish() == 0
+        told = [int(number) for number in re.findall(rb"step (\d+) ", process.raw)]
+        assert told == list(range(1, told[-1] + 1))
+        assert f"{told[-1]} steps" in "\n".join(process.lines)
 
     def test_a_wrong_answer_is_an_error(self):
         done = dgemma_run("run", "sudoku", "-p", PUZZLE, "-n", "30", "--json")

@@ -50,7 +50,7 @@ def conflict(grid: Sequence[int]) -> str | None:
 
 
 def solutions(grid: Sequence[int], rng: random.Random | None = None) -> Iterator[tuple[int, ...]]:
-    """All solutions, by depth-first search at the cell with the fewest candidates; digits in random order with `rng`."""
+    """All solutions, depth first at the cell with the fewest candidates; digits in random order with `rng`."""
     candidates = [0b1111111110] * 81
     cells = list(grid)
     for cell in CELLS:
