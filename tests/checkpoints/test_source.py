@@ -23,7 +23,7 @@ CODE = """
 import sys
 from dgemma.checkpoints.source import resolve
 try:
-    print("Path", resolve(sys.argv[1]))
+    print("Path", resolve(sys.argv[1], weights=sys.argv[2] == "True"))
 except (OSError, ValueError) as error:
     print(type(error).__name__, error)
 assert "torch" not in sys.modules
@@ -98,11 +98,11 @@ def hub():
 def ask(tmp_path):
     """Resolves a name in a process of its own with these HF_ variables; returns "ErrorType message" or "Path ..."."""
 
-    def run(name, **variables):
+    def run(name, weights=True, **variables):
         own = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
         environment = {**inherited, **own, **variables}
-        command = [sys.executable, "-c", CODE, name]
+        command = [sys.executable, "-c", CODE, name, str(weights)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("\n") == 1, done.stdout
@@ -127,6 +127,12 @@ def test_download_takes_what_is_needed_and_is_then_found_offline(hub, ask, tmp_p
     assert hub.asked == []
     (directory / "model.safetensors").unlink()
     assert ask(NAME, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1").startswith(f"OSError {NAME} is only partly in the cache")
+
+
+def test_a_description_comes_without_the_weights(hub, ask):
+    directory = Path(ask(NAME, weights=False, HF_ENDPOINT=hub.url).removeprefix("Path "))
+    assert sorted(path.name for path in directory.iterdir()) == ["chat_template.jinja", "config.json"]
+    assert "model.safetensors" not in hub.asked
 
 
 @pytest.mark.parametrize(("status", "code"), [(404, "RepoNotFound"), (401, "RepoNotFound")])
