@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -102,11 +102,15 @@ class LanguageModel:
     ) -> list[int]:
         """A prompt as the model reads it. Without a chat template, text is taken as it is, behind a bos token."""
         if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
-            return list(prompt)  # type: ignore[arg-type]
+            ids = cast(list[int], list(prompt))
+            unknown = [i for i in ids if not 0 <= i < self.model.config.vocab_size]
+            if unknown:
+                raise ValueError(f"token id {unknown[0]} is not in 0 … {self.model.config.vocab_size - 1}")
+            return ids
         if isinstance(prompt, str) and self.template is None:
             return [self.model.config.bos_token_id, *self.tokenizer.encode(prompt)]
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        return self.tokenizer.encode(self.render(messages, think=think, tools=tools))  # type: ignore[arg-type]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self.tokenizer.encode(self.render(cast(Sequence[Message], messages), think=think, tools=tools))
 
     def render(self, messages: Sequence[Message], think: bool = False, tools: Any = None, reply: bool = True) -> str:
         """Chat messages in the checkpoint's template; `reply` adds the header of the model's turn."""

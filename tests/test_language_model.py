@@ -88,6 +88,10 @@ def test_batches_of_options_are_checked_by_name(small: LanguageModel) -> None:
         small.stream([1, 2], temperature=0.5)
     with pytest.raises(ValueError, match="seed must lie in"):
         small.stream([1, 2], seed=-1)
+    with pytest.raises(ValueError, match="token id 1024 is not in 0 … 1023"):
+        small.stream([1, 1024])
+    with pytest.raises(ValueError, match="prompt of row 0 is empty"):
+        small.generate([])
     with pytest.raises(ValueError, match="has no chat template"):
         small.generate([{"role": "user", "content": "hello"}])
 

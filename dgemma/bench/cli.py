@@ -50,18 +50,16 @@ def show(result: decoding.Result) -> None:
     for name in result.sides:
         table.add_column(name, justify="right")
     sides = result.sides.values()
-    table.add_row("start-up, weights loaded, s", *(_spread(s.start, 1, 2) for s in sides))
-    table.add_row("start-up, first step done, s", *(_spread(s.first, 1, 2) for s in sides))
-    table.add_row("prefill, ms", *(_spread(s.prefill, 1e3, 1) for s in sides))
-    table.add_row("denoising step, ms", *(_spread(s.step, 1e3, 1) for s in sides))
+    table.add_row("start, weights loaded, s", *(_spread(s.start) for s in sides))
+    table.add_row("start, first step done, s", *(_spread(s.first) for s in sides))
+    table.add_row("prefill, ms", *(_spread(s.prefill, 1e3) for s in sides))
+    table.add_row("denoising step, ms", *(_spread(s.step, 1e3) for s in sides))
     for count in decoding.STEPS_A_CANVAS:
-        table.add_row(
-            f"tokens a second at {count} steps a canvas", *(f"{s.tokens_per_second[count]:.1f}" for s in sides)
-        )
+        table.add_row(f"tokens a second, {count} steps", *(f"{s.tokens_per_second[count]:.1f}" for s in sides))
     table.add_row("peak memory, MiB", *("?" if s.peak_bytes is None else f"{s.peak_bytes >> 20}" for s in sides))
     if result.ratios:
-        ratios = (_spread(result.ratios[name], 1, 2) for name in result.sides if name in result.ratios)
-        table.add_row("step time over dgemma's", "1", *ratios)
+        ratios = (_spread(result.ratios[name]) for name in result.sides if name in result.ratios)
+        table.add_row("step, times dgemma's", "1", *ratios)
     console = Console()
     console.print(table)
     console.print(f"{result.machine}; {versions}")
@@ -69,5 +67,10 @@ def show(result: decoding.Result) -> None:
         console.print(f"trajectories equal: {'yes' if result.trajectories_equal else 'no'}")
 
 
-def _spread(value: Spread, scale: float, digits: int) -> str:
-    return f"{value.median * scale:.{digits}f} ({value.least * scale:.{digits}f} … {value.most * scale:.{digits}f})"
+def _spread(value: Spread, scale: float = 1) -> str:
+    median, least, most = (_short(figure * scale) for figure in (value.median, value.least, value.most))
+    return f"{median} ({least} … {most})"
+
+
+def _short(figure: float) -> str:
+    return f"{figure:.0f}" if figure >= 100 else f"{figure:.2f}"

@@ -135,13 +135,11 @@ def _measure(
         for turn in range(repeats):
             progress(f"start-up, {turn + 1} of {repeats}")
             for name in names:
-                side = _open(name, options)
+                if name in sides:
+                    sides[name].close()
+                side = sides[name] = stack.enter_context(_open(name, options))
                 seconds[name]["start"].append(side.ready_s)
                 seconds[name]["first"].append(side.ready_s + side.ask("decode", steps=1))
-                if turn + 1 < repeats:
-                    side.close()
-                else:
-                    sides[name] = stack.enter_context(side)
         low, high = shape.steps
         for turn in range(repeats):
             progress(f"prefill and steps, {turn + 1} of {repeats}")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -53,13 +54,16 @@ class Side:
     def ask(self, question: str, **arguments: Any) -> Any:
         """The answer of the side's method of this name. Raises OSError, with its last words, if the side ended."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([question, arguments]) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps([question, arguments]) + "\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
-        self._process.communicate()
-        self._errors.close()
+        """Ends the process; closing twice does nothing."""
+        if not self._errors.closed:
+            self._process.communicate()
+            self._errors.close()
 
     def __enter__(self) -> Self:
         return self

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dgemma.config import SLIDING, ModelConfig
 from dgemma.model import layers
-from dgemma.model.layers import RMSNorm
+from dgemma.model.layers import Linear, RMSNorm
 
 SCORES_LIMIT = 1 << 26
 """Scores held at once, in elements: longer prompts attend a slice of their queries at a time."""
@@ -60,10 +60,10 @@ class Attention(nn.Module):
         sliding = config.layer_types[layer] == SLIDING
         self.window = config.sliding_window if sliding else None
         hidden = config.hidden_size
-        self.q_proj = nn.Linear(hidden, self.heads * self.size, bias=False)
-        self.k_proj = nn.Linear(hidden, self.kv_heads * self.size, bias=False)
-        self.v_proj = nn.Linear(hidden, self.kv_heads * self.size, bias=False) if sliding else None
-        self.o_proj = nn.Linear(self.heads * self.size, hidden, bias=False)
+        self.q_proj = Linear(hidden, self.heads * self.size)
+        self.k_proj = Linear(hidden, self.kv_heads * self.size)
+        self.v_proj = Linear(hidden, self.kv_heads * self.size) if sliding else None
+        self.o_proj = Linear(self.heads * self.size, hidden)
         self.q_norm = RMSNorm(self.size, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.size, config.rms_norm_eps)
         self.v_norm = RMSNorm(self.size, config.rms_norm_eps, scale=False)

@@ -1,12 +1,11 @@
 """The sparse branch: a router that picks k of E experts for a token, and the experts, stored fused."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgemma.config import ModelConfig
 from dgemma.model import layers
-from dgemma.model.layers import RMSNorm
+from dgemma.model.layers import Linear, RMSNorm, linear
 
 
 class Router(nn.Module):
@@ -18,7 +17,7 @@ class Router(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, scale=False)
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
-        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.proj = Linear(config.hidden_size, config.num_experts)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.proj(self.norm(x) * self.scale * x.shape[-1] ** -0.5)
@@ -41,11 +40,11 @@ class Experts(nn.Module):
         k = experts.shape[1]
         order = experts.flatten().argsort()
         counts = experts.flatten().bincount(minlength=len(self.down_proj)).tolist()
-        grouped = x[order // k].split(counts)
+        grouped = x.index_select(0, order // k).split(counts)
         outputs = [self._expert(e, rows) for e, rows in enumerate(grouped) if len(rows)]
-        y = torch.cat(outputs) * weights.flatten()[order, None]
-        return y.new_empty(y.shape).index_copy(0, order, y).view(-1, k, y.shape[-1]).sum(1).type_as(x)
+        y = torch.cat(outputs).index_select(0, order.argsort()).unflatten(0, (-1, k))
+        return (weights[:, None] @ y.float()).squeeze(1).type_as(x)
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
-        return F.linear(layers.gated(gate, up), self.down_proj[expert])
+        gate, up = linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return linear(layers.gated(gate, up), self.down_proj[expert])

@@ -1,11 +1,10 @@
 """Where tokens become vectors and vectors become logits: the tied matrix, the soft cap, self-conditioning."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgemma.config import ModelConfig
-from dgemma.model.layers import MLP, RMSNorm
+from dgemma.model.layers import MLP, RMSNorm, linear
 
 
 class TiedEmbedding(nn.Embedding):
@@ -28,9 +27,13 @@ class TiedEmbedding(nn.Embedding):
         """Expected embedding [..., hidden] under float32 probabilities [..., V]."""
         return probabilities.to(self.weight.dtype) @ self.weight * self.scale
 
+    def scores(self, x: Tensor) -> Tensor:
+        """x E^T, [..., V] in the weights' dtype: logits before their cap."""
+        return linear(x, self.weight)
+
     def logits(self, x: Tensor) -> Tensor:
         """float32 [..., V]: cap * tanh(x E^T / cap); the cap is applied in float32."""
-        logits = F.linear(x, self.weight).float()
+        logits = self.scores(x).float()
         if logits.requires_grad:
             return self.cap * torch.tanh(logits / self.cap)
         return logits.div_(self.cap).tanh_().mul_(self.cap)

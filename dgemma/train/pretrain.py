@@ -30,7 +30,7 @@ class Schedule:
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
     ema: float = 0.999
-    save_minutes: float = 5.0
+    save_minutes: float = 10.0
 
     def factor(self, step: int, elapsed: float) -> float:
         left = max(0.0, 1 - elapsed / self.minutes)

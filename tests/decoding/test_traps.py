@@ -3,6 +3,7 @@
 A check without its trap passes; `planted` holds the trap in place while the same check runs again and has to fail.
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,6 @@ from dgemma.decoding.denoise import Canvas
 from dgemma.model import attention
 from dgemma.model.cache import Cache
 from dgemma.model.experts import Experts
-from dgemma.model.head import TiedEmbedding
 from dgemma.model.network import DiffusionGemma
 
 Change = tuple[Any, str, Any]
@@ -127,11 +127,11 @@ def feeds_back_unscaled_logits() -> list[Change]:
 
 
 def soft_cap_in_bfloat16() -> list[Change]:
-    def logits(self: TiedEmbedding, x: Tensor) -> Tensor:
-        raw = torch.nn.functional.linear(x, self.weight)
-        return (torch.tanh(raw / self.cap) * self.cap).float()
+    def rounded(scores: Tensor, cap: float, temperature: Tensor) -> Tensor:
+        capped = torch.tanh(scores.bfloat16() / cap) * cap
+        return scores.copy_(capped / temperature / math.log(2))
 
-    return [(TiedEmbedding, "logits", logits)]
+    return [(vocabulary, "log2_weights_", rounded)]
 
 
 def soft_cap_after_temperature() -> list[Change]:
