@@ -14,8 +14,8 @@ ONEDNN_SIZE = 1 << 16
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T.
 
-    For float32 on a CPU torch asks MKL, which reaches half the rate of oneDNN on some AMD processors and no more than
-    it anywhere measured. This is oneDNN's product, in full float32; it has no gradient.
+    For float32 on a CPU torch asks MKL, which on some AMD processors reaches half the rate of oneDNN and, where it was
+    measured, never much more. This asks oneDNN, which computes in float32 too; its operation has no gradient.
     """
     wanted = ONEDNN and weight.numel() >= ONEDNN_SIZE and not torch.is_grad_enabled()
     if wanted and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
