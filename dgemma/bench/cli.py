@@ -24,12 +24,14 @@ def decode(
     dtype: Annotated[str, typer.Option(help=f"what to compute in: {', '.join(decoding.DTYPES)}")] = "bf16",
     repeats: Annotated[int, typer.Option(help="times that everything is measured")] = 5,
     threads: Annotated[int | None, typer.Option(help="threads a side may use; all cores if not told")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     tuned: Annotated[bool, typer.Option("--tuned", help="also transformers with a tuned malloc")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
-    """Decode with this project and with transformers: same random weights, same steps, same dtype, on the CPU."""
+    """Decode with this project and with transformers: same random weights, same steps, same dtype."""
     try:
-        result = decoding.run(shape, dtype, repeats, threads, tuned, progress=lambda line: print(line, file=sys.stderr))
+        tell = lambda line: print(line, file=sys.stderr)  # noqa: E731
+        result = decoding.run(shape, dtype, repeats, threads, tuned, device, progress=tell)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None

@@ -64,14 +64,18 @@ def run(
     repeats: int = 5,
     threads: int | None = None,
     tuned: bool = False,
+    device: str = "cpu",
     progress: Callable[[str], None] = lambda line: None,
 ) -> Result:
-    """Measures decoding on the CPU; `tuned` adds transformers with an allocator that gives no memory back.
+    """Measures decoding; `tuned` adds transformers with an allocator that gives no memory back.
 
     Without transformers only this project is measured. Raises ValueError for a value that is not known, OSError if a
     side's process ends.
     """
     _check(shape, dtype, repeats, threads)
+    from dgemma.checkpoints.load import resolve_device
+
+    device = str(resolve_device(device))
     threads = threads or _cores()
     names = [OURS]
     if util.find_spec("transformers"):
@@ -81,7 +85,7 @@ def run(
     with TemporaryDirectory(prefix="dgemma-bench-") as directory:
         progress(f"writing random weights: {shape}, {dtype}")
         write_weights(SHAPES[shape], DTYPES[dtype], Path(directory))
-        options = {"directory": directory, "threads": threads, "tokens": SHAPES[shape].prompt}
+        options = {"directory": directory, "device": device, "threads": threads, "tokens": SHAPES[shape].prompt}
         sides, ratios, equal = _measure(names, options, SHAPES[shape], repeats, dtype == "f32", progress)
     versions = {name: metadata.version(name) for name in ("torch", "transformers") if name == "torch" or len(names) > 1}
     return Result(shape, dtype, threads, repeats, machine(), versions, sides, ratios, equal)

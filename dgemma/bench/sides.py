@@ -4,59 +4,73 @@ Steps count denoising steps of one canvas; early stopping is off, so that both s
 Neither constructor imports the other side's library.
 """
 
+from abc import ABC, abstractmethod
 from time import perf_counter
 from typing import Any
 
 from dgemma.bench.harness import peak_bytes
 
 
-class _Timed:
+class _Timed(ABC):
     """What both sides measure, from what each can do."""
 
     vocab_size: int
 
-    def __init__(self, threads: int, tokens: int):
+    def __init__(self, device: str, threads: int, tokens: int):
         import torch
 
         torch.set_num_threads(threads)
-        self.tokens = tokens
+        self.device, self.tokens = device, tokens
 
     def prefill(self) -> float:
         """Seconds to encode the prompt."""
         started = perf_counter()
         self._encode()
+        self._wait()
         return perf_counter() - started
 
     def decode(self, steps: int) -> float:
         """Seconds to encode the prompt and denoise one canvas."""
         started = perf_counter()
         self._generate(steps)
+        self._wait()
         return perf_counter() - started
 
     def peak(self) -> int | None:
-        return peak_bytes()
+        """Bytes of this process, or on a GPU those of its tensors."""
+        import torch
+
+        return peak_bytes() if self.device == "cpu" else torch.cuda.max_memory_allocated()
+
+    def _wait(self) -> None:
+        import torch
+
+        if self.device != "cpu":
+            torch.cuda.synchronize()
 
     def _prompt(self) -> Any:
         """int64 [tokens], the same on both sides."""
         from dgemma.decoding.noise import Noise
 
-        return Noise(1, self.vocab_size, self.tokens).canvas(0)
+        return Noise(1, self.vocab_size, self.tokens).canvas(0).to(self.device)
 
+    @abstractmethod
     def _encode(self) -> None:
-        raise NotImplementedError
+        """Encodes the prompt into a cache of its own."""
 
+    @abstractmethod
     def _generate(self, steps: int) -> None:
-        raise NotImplementedError
+        """Encodes the prompt and denoises one canvas."""
 
 
 class Ours(_Timed):
     """This project."""
 
-    def __init__(self, directory: str, threads: int, tokens: int):
-        super().__init__(threads, tokens)
+    def __init__(self, directory: str, device: str, threads: int, tokens: int):
+        super().__init__(device, threads, tokens)
         from dgemma.checkpoints.load import load_model
 
-        self.model = load_model(directory, device="cpu")
+        self.model = load_model(directory, device)
         self.vocab_size = self.model.config.vocab_size
 
     def trajectory(self, steps: int) -> list[list[list[int]]]:
@@ -89,11 +103,12 @@ class Ours(_Timed):
 class Transformers(_Timed):
     """transformers as it comes."""
 
-    def __init__(self, directory: str, threads: int, tokens: int):
-        super().__init__(threads, tokens)
+    def __init__(self, directory: str, device: str, threads: int, tokens: int):
+        super().__init__(device, threads, tokens)
         from transformers import DiffusionGemmaForBlockDiffusion
 
-        self.model = DiffusionGemmaForBlockDiffusion.from_pretrained(directory).eval()
+        model: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(directory)
+        self.model = model.eval().to(device)
         self.vocab_size = self.model.config.text_config.vocab_size
 
     def trajectory(self, steps: int) -> list[list[list[int]]]:
@@ -111,11 +126,11 @@ class Transformers(_Timed):
         done: list[list[list[int]]] = []
 
         def initialize(*_: Any, **__: Any) -> Any:
-            return (noise.renoise(0, len(done) + 1) if started else noise.canvas(0))[None]
+            return (noise.renoise(0, len(done) + 1) if started else noise.canvas(0))[None].to(self.device)
 
         def multinomial(p: Any, num_samples: int) -> Any:
             running = p.double().cumsum(-1)
-            drawn = noise.uniform(0, len(done) + 1).double()[:, None] * running[:, -1:]
+            drawn = noise.uniform(0, len(done) + 1).to(self.device).double()[:, None] * running[:, -1:]
             return torch.searchsorted(running, drawn, right=True)
 
         def recorded(**arguments: Any) -> Any:

@@ -63,7 +63,7 @@ def test_other_draws_make_other_trajectories(tmp_path, monkeypatch):
     from dgemma.decoding.noise import Noise
 
     decode.write_weights(SHAPES["small"], "float32", tmp_path)
-    side = Ours(str(tmp_path), threads=torch.get_num_threads(), tokens=32)
+    side = Ours(str(tmp_path), "cpu", threads=torch.get_num_threads(), tokens=32)
     first = side.trajectory(steps=3)
     assert [len(step) for step in first] == [2, 2, 2]
     assert first == side.trajectory(steps=3)
