@@ -54,7 +54,7 @@ def train(
     optimiser = make_optimiser(model, schedule)
     step, spent = 0, 0.0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, map_location=model.device, weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])

@@ -94,7 +94,8 @@ def load_bases(path: Path, count: int, seed: int) -> Bases:
     """Base puzzles from a file, made in batches of 500 (each its own seed) if it is not there yet."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        parts = [make_bases(min(BATCH_OF_BASES, count - n), seed + n) for n in range(0, count, BATCH_OF_BASES)]
+        batches = range(0, count, BATCH_OF_BASES)
+        parts = [make_bases(min(BATCH_OF_BASES, count - n), seed + i) for i, n in enumerate(batches)]
         solution, removal = (np.concatenate([getattr(p, name) for p in parts]) for name in ("solution", "removal"))
         np.savez(path, solution=solution, removal=removal)
     stored = np.load(path)
@@ -166,7 +167,7 @@ def train_command(
 @app.command()
 def export(run: Path, directory: Path) -> None:
     """Write a run's averaged weights as a checkpoint in the released format, with tokenizer and defaults."""
-    state = torch.load(run / "state.pt", weights_only=True)
+    state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
     sizes = state["average"]
     layers = 1 + max(int(name.split(".")[1]) for name in sizes if name.startswith("layers."))
     model = DiffusionGemma(config(layers, sizes["norm.weight"].shape[0]))

@@ -64,19 +64,25 @@ def _solvable_with(puzzle: list[int], cell: int, digit: int) -> bool:
 def fingerprints(bases: Bases) -> list[bytes]:
     """A value that all symmetric forms of a grid share; different ones prove that two grids are no forms of each other.
 
-    For every pair of digits, the cycle lengths of the permutation that leads from one digit's column to the other's,
-    row by row; the same by columns; both sorted, since symmetries only reorder them.
+    Two digits make three permutations: from a unit with the first digit, over another kind of unit, to one with the
+    second (rows over columns, rows over boxes, columns over boxes). Symmetries rename digits and units, which leaves
+    the cycle lengths; transposition swaps the last two. They are sorted for each digit, and the digits after that.
     """
-    found = []
-    for grid in bases.solution.reshape(-1, 9, 9):
-        sides = []
-        for side in (grid, grid.T):
-            column = np.argsort(side, axis=1)  # column[row, digit - 1]
-            row_at = np.argsort(column, axis=0)  # row_at[column, digit - 1]
-            pairs = [_cycles(row_at[column[:, a], b]) for a in range(9) for b in range(a + 1, 9)]
-            sides.append(sorted(pairs))
-        found.append(repr(sorted(sides)).encode())
-    return found
+    return [min(_fingerprint(grid), _fingerprint(grid.T)) for grid in bases.solution.reshape(-1, 9, 9)]
+
+
+def _fingerprint(grid: np.ndarray) -> bytes:
+    rows, columns = np.divmod(np.argsort(grid, axis=None, kind="stable"), 9)
+    rows, columns = rows.reshape(9, 9), columns.reshape(9, 9)  # the cells of each digit, a row of the array
+    boxes = rows // 3 * 3 + columns // 3
+    digits = []
+    for a in range(9):
+        pairs = []
+        for b in set(range(9)) - {a}:
+            over = ((rows, columns), (rows, boxes), (columns, boxes))
+            pairs.append([_cycles(unit[a][np.argsort(via[a])][via[b]][np.argsort(unit[b])]) for unit, via in over])
+        digits.append(sorted(pairs))
+    return repr(sorted(digits)).encode()
 
 
 def _cycles(permutation: np.ndarray) -> tuple[int, ...]:
