@@ -105,6 +105,9 @@ def _replacing(directory: Path) -> Iterator[Callable[[str], Path]]:
 
     try:
         yield new
+        for path in pending.values():
+            # safetensors makes its files for their owner alone; they get the mode of the others.
+            shutil.copymode(pending["config.json"], path)
         for name, path in pending.items():
             os.replace(path, directory / name)
     finally:

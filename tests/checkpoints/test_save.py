@@ -36,6 +36,11 @@ def test_files_and_their_content(make_model, saved, dtype):
         assert {file.get_tensor(key).dtype for key in file.keys()} == {dtype}  # noqa: SIM118
 
 
+def test_weights_may_be_read_by_whoever_may_read_the_config(make_model, saved):
+    directory = saved(make_model())
+    assert (directory / "model.safetensors").stat().st_mode == (directory / "config.json").stat().st_mode
+
+
 def test_names_are_the_released_ones(make_model, saved, shared):
     import re
 
