@@ -4,9 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import dgemma
 from dgemma import embedded
 from dgemma.embedded.sudoku import lines, rules
+from dgemma.model.network import DiffusionGemma
 from dgemma.text.chat import ChatTemplate
 from dgemma.text.tokenizer import Tokenizer
 from dgemma.train.recipes import sudoku
@@ -46,6 +49,18 @@ def test_bases_are_made_once(tmp_path: Path) -> None:
     again = sudoku.load_bases(tmp_path / "bases.npz", 99, seed=1)
     assert np.array_equal(made.solution, again.solution)
     assert np.array_equal(made.removal, again.removal)
+
+
+def test_an_exported_run_loads_and_answers(bases: Bases, tmp_path: Path) -> None:
+    model = DiffusionGemma(sudoku.config(layers=2, hidden=32)).init_weights(0)
+    torch.save({"average": model.state_dict()}, tmp_path / "state.pt")
+    sudoku.export(tmp_path, tmp_path / "model")
+    lm = dgemma.load(tmp_path / "model")
+    assert lm.defaults == sudoku.DECODING
+    puzzle, _ = puzzles(bases, np.full(len(bases), 40), np.random.default_rng(0))
+    text = lines(tuple(puzzle[0].tolist()))
+    assert lm.tokens(text) == sudoku.tokens(puzzle, puzzle)[0][0].tolist()
+    assert len(lm.generate(text, max_denoising_steps=1).tokens) <= sudoku.CANVAS
 
 
 @pytest.mark.skipif("sudoku" not in embedded.names(), reason="the Sudoku model is not in this checkout")

@@ -18,6 +18,7 @@ import torch
 import typer
 from torch import Tensor
 
+from dgemma import embedded
 from dgemma.checkpoints.save import save_model
 from dgemma.config import FULL, SLIDING, GenerationConfig, ModelConfig, Rope
 from dgemma.decoding.blocks import Request, generate
@@ -172,7 +173,7 @@ def export(run: Path, directory: Path) -> None:
     layers = 1 + max(int(name.split(".")[1]) for name in sizes if name.startswith("layers."))
     model = DiffusionGemma(config(layers, sizes["norm.weight"].shape[0]))
     model.load_state_dict(sizes)
-    save_model(model, directory, DECODING)
+    save_model(model, directory, DECODING, extras=embedded.HERE / "sudoku")  # for the chat template
     character_tokenizer().save(str(directory / "tokenizer.json"))
     names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
