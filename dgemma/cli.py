@@ -102,7 +102,7 @@ def run(
     options = _options(config, seed, visual, autoregressive, temperature)
     text = _prompt(prompt)
     directory = _checked(model, config)
-    task = embedded.task(directory.name) if directory.parent == embedded.HERE else None
+    task = embedded.task(directory)
     if task:
         try:
             task.prepare(text)

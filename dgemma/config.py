@@ -131,6 +131,10 @@ class ModelConfig:
         """Cached tokens that a sliding layer can still reach: the window less the token itself."""
         return self.sliding_window - 1
 
+    def first_reached(self, kind: str, past: int) -> int:
+        """The first of `past` cached tokens that a layer of this kind can still reach."""
+        return max(0, past - self.prefix_window) if kind == SLIDING else 0
+
     def cache_bytes_per_token(self, itemsize: int = 2) -> dict[str, int]:
         """Bytes one cached token takes in all layers of a kind: {"full_attention": …, "sliding_attention": …}."""
         sizes = {FULL: 0, SLIDING: 0}
@@ -142,7 +146,7 @@ class ModelConfig:
         """Bytes of the pages of a row of `tokens`: full layers grow with it, sliding ones stop at the window."""
         sizes, page = self.cache_bytes_per_token(itemsize), self.canvas_length
         pages = -(-tokens // page)
-        dropped = max(0, tokens - self.prefix_window) // page
+        dropped = self.first_reached(SLIDING, tokens) // page
         return page * (sizes[FULL] * pages + sizes[SLIDING] * (pages - dropped))
 
     @classmethod

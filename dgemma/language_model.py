@@ -226,5 +226,5 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Langu
         tokenizer=Tokenizer.from_directory(directory),
         template=ChatTemplate.from_directory(directory),
         defaults=GenerationConfig.from_file(options) if options.exists() else GenerationConfig(),
-        task=embedded.task(directory.name) if directory.parent == embedded.HERE else None,
+        task=embedded.task(directory),
     )

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from time import perf_counter
 
 import torch
+import torch.nn.functional as F
 
 from dgemma.decoding.blocks import Request, check_room
 from dgemma.decoding.events import Block, Event, Prefilled
+from dgemma.decoding.vocabulary import BLOCK, inverse_cdf
 from dgemma.model.cache import Cache
 from dgemma.model.network import DiffusionGemma
 
@@ -55,6 +57,7 @@ def _draw(logits: torch.Tensor, temperature: float, request: Request, position: 
     """The next token, int64 [1], from logits [1, V]; sampled by inverse CDF with the request's own uniform."""
     if temperature == 0:
         return logits.argmax(-1)
-    running = (logits / temperature).softmax(-1).cumsum(-1)
-    canvas = request.noise.uniform(position, 1)[:1].to(logits.device)
-    return torch.searchsorted(running[0], canvas * running[0, -1], right=True).clamp(max=logits.shape[-1] - 1)
+    size = logits.shape[-1]
+    weights = F.pad((logits / temperature).softmax(-1), (0, -size % BLOCK))
+    uniform = request.noise.uniform(position, 1)[:1].to(logits.device)
+    return inverse_cdf(weights, uniform * weights.sum(-1), size)

@@ -40,9 +40,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Block:
-    """A canvas is settled. `tokens`: what the text gains, cut at its end and at the limit, int64 list.
+    """A canvas is settled. `tokens`: what the text gains, cut at its end and at the limit.
 
-    converged: it was still; otherwise the cap on steps ended it. seconds: its share of denoising and of its commit.
+    converged: it was still; otherwise the cap on steps ended it. denoise_seconds: its share of the batch's steps.
     """
 
     row: int

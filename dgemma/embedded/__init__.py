@@ -39,6 +39,6 @@ def directory(name: str) -> Path | None:
     return HERE / name if name in names() else None
 
 
-def task(name: str) -> Task:
-    """The task of an embedded model."""
-    return import_module(f"{__name__}.{name}")
+def task(path: Path) -> Task | None:
+    """The task of the model in a directory; None for one that does not ship here."""
+    return import_module(f"{__name__}.{path.name}") if path.parent == HERE else None

@@ -52,11 +52,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.heads, self.kv_heads, self.size = (
-            config.num_attention_heads,
-            config.kv_heads(layer),
-            config.head_size(layer),
-        )
+        self.heads, self.kv_heads = config.num_attention_heads, config.kv_heads(layer)
+        self.size = config.head_size(layer)
         sliding = config.layer_types[layer] == SLIDING
         self.window = config.sliding_window if sliding else None
         hidden = config.hidden_size

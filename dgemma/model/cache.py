@@ -87,9 +87,9 @@ class Cache:
         """Counts `tokens` as encoded and lets go of pages that no sliding layer reaches any more."""
         state = self.rows[row]
         state.length += tokens
-        out_of_reach = max(0, state.length - self.config.prefix_window) // self.page
         sliding = state.pages[SLIDING]
-        sliding[: min(out_of_reach, len(sliding))] = [None] * min(out_of_reach, len(sliding))
+        out_of_reach = min(self.config.first_reached(SLIDING, state.length) // self.page, len(sliding))
+        sliding[:out_of_reach] = [None] * out_of_reach
 
     def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> None:
         """Stores keys and values [B, K, T, D] behind each row's encoded length (see `reserve`)."""
@@ -111,10 +111,9 @@ class Cache:
         if span.past == 0:
             return None
         rows = self.rows[span.row : span.row + span.rows]
-        lengths = tuple(row.length for row in rows)
-        key = (layer, span.row)
         if span.causal:  # a chunk of a prompt reads once: nothing is kept
             return self._joined(layer, rows)
+        key, lengths = (layer, span.row), tuple(row.length for row in rows)
         if key not in self._gathered or self._gathered[key][0] != lengths:
             self._gathered[key] = lengths, self._joined(layer, rows)
         return self._gathered[key][1]
@@ -127,7 +126,7 @@ class Cache:
     def _gather(self, layer: int, row: Row) -> Tensor:
         """[2, K, S, D] of one row."""
         kind, index = self.config.layer_types[layer], self._index[layer]
-        start = max(0, row.length - self.config.prefix_window) if kind == SLIDING else 0
+        start = self.config.first_reached(kind, row.length)
         first, last = start // self.page, -(-row.length // self.page)
         parts = [page[index] for page in row.pages[kind][first:last] if page is not None]
         joined = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]

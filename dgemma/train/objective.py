@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgemma.config import SLIDING, ModelConfig
+from dgemma.config import ModelConfig
 from dgemma.model.attention import Span
 from dgemma.model.network import DiffusionGemma, make_spans
 
@@ -36,7 +36,7 @@ class Tape:
         if span.causal or span.past == 0:
             return None
         assert self.examples is not None
-        start = max(0, span.past - self.config.prefix_window) if self.config.layer_types[layer] == SLIDING else 0
+        start = self.config.first_reached(self.config.layer_types[layer], span.past)
         rows = self.examples[span.row : span.row + span.rows]
         keys, values = (t[:, :, start : span.past].index_select(0, rows) for t in self.stored[layer])
         return keys, values

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -69,15 +70,15 @@ def train(
             group["lr"] = rate * schedule.factor(step, minutes)
         drawn = corrupt(clean.repeat_interleave(schedule.canvases, 0), model.config.vocab_size, generator)
         loss = diffusion_loss(model, prompt, drawn).mean()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise ValueError(f"the loss is {losses[-1]} at step {step + 1}; the last saved state is in {out}")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
         follow(average, model, min(schedule.ema, (step + 1) / (step + 10)))
         step += 1
-        losses.append(loss.item())
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {losses[-1]} at step {step}; {state_file} holds the last good state")
         done = minutes >= schedule.minutes
         if done or time.monotonic() - saved > 60 * schedule.save_minutes:
             entry = {"step": step, "minutes": round(minutes, 2), "loss": sum(losses) / len(losses), **evaluate(average)}
