@@ -1,61 +1,33 @@
 """The command line. Thin: flags of decoding come from GenerationConfig, and torch waits until a model is loaded."""
 
-import inspect
 import json
 import math
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dgemma import embedded
 from dgemma.bench.cli import app as bench
 from dgemma.checkpoints.source import resolve
-from dgemma.config import GenerationConfig
+from dgemma.evals.cli import evaluate
+from dgemma.flags import Device, Dtype, Model, UsageError, checked, config_flags
+from dgemma.train.cli import train
 
 if TYPE_CHECKING:
     from dgemma.language_model import Generation, LanguageModel
 
-ALIASES = {"max_new_tokens": ("-n",), "max_denoising_steps": ("--steps",)}
 OF_BOTH_MODES = {"max_new_tokens"}
 
-Model = Annotated[str, typer.Argument(help="embedded name, directory or hub id")]
 Seed = Annotated[int | None, typer.Option(help="of all random draws", show_default="0")]
 System = Annotated[str | None, typer.Option(help="system message")]
 Think = Annotated[bool, typer.Option("--think", help="let the model think before it answers")]
 Visual = Annotated[bool, typer.Option("--visual", help="show the denoising, on a terminal")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
-Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: the file's own")]
 Autoregressive = Annotated[bool, typer.Option("--autoregressive", help="left to right instead of by diffusion")]
 Temperature = Annotated[float | None, typer.Option(help="of --autoregressive; 0 takes the likeliest", show_default="0")]
-
-
-class UsageError(Exception):
-    """What was asked for makes no sense, whatever the model; exit code 2."""
-
-
-def config_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with a flag for each number that GenerationConfig explains; those given arrive as `config`."""
-    known = [f for f in fields(GenerationConfig) if f.type in (int, float) and "help" in f.metadata]
-
-    def with_flags(**values: Any) -> None:
-        given = {f.name: values.pop(f.name) for f in known}
-        command(**values, config={name: value for name, value in given.items() if value is not None})
-
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != "config"]
-    flags = []
-    for f in known:
-        names = (f"--{f.name.replace('_', '-')}", *ALIASES.get(f.name, ()))
-        option = typer.Option(*names, help=f.metadata["help"], show_default=str(f.default))
-        kind = inspect.Parameter.KEYWORD_ONLY
-        flags.append(inspect.Parameter(f.name, kind, default=None, annotation=Annotated[f.type | None, option]))  # type: ignore[operator]
-    with_flags.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
-    with_flags.__name__, with_flags.__doc__ = command.__name__, command.__doc__
-    return with_flags
 
 
 app = typer.Typer(
@@ -67,6 +39,8 @@ app = typer.Typer(
 
 
 app.add_typer(bench, name="bench")
+app.command("train")(train)
+app.command("eval")(evaluate)
 
 
 @app.callback(invoke_without_command=True)
@@ -101,7 +75,7 @@ def run(
         raise UsageError("--pace takes 0 to 60 seconds" if visual else "--pace has no effect without --visual")
     options = _options(config, seed, visual, autoregressive, temperature)
     text = _prompt(prompt)
-    directory = _checked(model, config)
+    directory = checked(model, config)
     task = embedded.task(directory)
     if task:
         try:
@@ -148,7 +122,7 @@ def chat(
 ) -> None:
     """Talk with a model over several turns; /help lists the commands."""
     options = _options(config, seed, visual, autoregressive, temperature)
-    lm = _load(model, _checked(model, config), device, dtype, think)
+    lm = _load(model, checked(model, config), device, dtype, think)
     from dgemma.terminal.chat import Conversation
     from dgemma.terminal.screen import Screen
     from dgemma.terminal.view import View
@@ -196,18 +170,6 @@ def _options(
             raise UsageError("--seed has no effect with --autoregressive at --temperature 0")
     mode = {"autoregressive": True, "temperature": temperature or 0.0} if autoregressive else {}
     return {**config, "seed": seed or 0, **mode}
-
-
-def _checked(model: str, config: dict[str, Any]) -> Path:
-    """The model's directory, once its own defaults agree with the options given."""
-    directory = resolve(model)
-    own = directory / "generation_config.json"
-    defaults = GenerationConfig.from_file(own) if own.exists() else GenerationConfig()
-    try:
-        defaults.with_options(**config)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    return directory
 
 
 def _prompt(given: str | None) -> str:

@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch
 
 from dgemma import embedded
+from dgemma.checkpoints.adapters import load_adapter
 from dgemma.checkpoints.load import load_model
-from dgemma.checkpoints.source import resolve
+from dgemma.checkpoints.source import base_of, resolve
 from dgemma.config import GenerationConfig
 from dgemma.decoding import autoregressive as left_to_right
 from dgemma.decoding import blocks
@@ -20,6 +21,7 @@ from dgemma.model.network import DiffusionGemma
 from dgemma.text.chat import ChatTemplate
 from dgemma.text.output import ToolCall, parse
 from dgemma.text.tokenizer import Tokenizer
+from dgemma.train.lora import merge_lora
 
 Message = dict[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -215,16 +217,24 @@ class Chat:
 def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> LanguageModel:
     """A model from a hub id, a directory in the released format, or the name of an embedded model.
 
+    A directory, or hub id, of a LoRA adapter gives its base model with the adapter merged into it; tokenizer and chat
+    template are the adapter's where it brings its own.
     device: "auto" takes a CUDA device if there is one; dtype: "auto" is the file's own, or "float32", "bfloat16",
     "float16". Errors are one line that names the file, tensor or value and says what to do.
     """
     directory = resolve(source)
-    options = directory / "generation_config.json"
+    base = base_of(directory)
+    model = load_model(base or directory, device, dtype).requires_grad_(False)
+    if base:
+        load_adapter(model, directory)
+        merge_lora(model)
+    options = (base or directory) / "generation_config.json"
+    own = lambda file: directory if not base or (directory / file).is_file() else base  # noqa: E731
     return LanguageModel(
         name=str(source),
-        model=load_model(directory, device, dtype).requires_grad_(False),
-        tokenizer=Tokenizer.from_directory(directory),
-        template=ChatTemplate.from_directory(directory),
+        model=model,
+        tokenizer=Tokenizer.from_directory(own("tokenizer.json")),
+        template=ChatTemplate.from_directory(own("chat_template.jinja")),
         defaults=GenerationConfig.from_file(options) if options.exists() else GenerationConfig(),
         task=embedded.task(directory),
     )

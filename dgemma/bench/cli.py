@@ -2,55 +2,73 @@
 
 import json
 import sys
-from typing import Annotated
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from dgemma.bench import decode as decoding
+from dgemma.bench import train as training
 from dgemma.bench.harness import Spread
 from dgemma.bench.shapes import SHAPES
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
 app = typer.Typer(help="Measure this project beside others.", no_args_is_help=True)
 
+Shape = Annotated[str, typer.Option(help=f"size of the network: {', '.join(SHAPES)}")]
+Dtype = Annotated[str, typer.Option(help=f"what to compute in: {', '.join(decoding.DTYPES)}")]
+Repeats = Annotated[int, typer.Option(help="times that everything is measured")]
+Threads = Annotated[int | None, typer.Option(help="threads a side may use; all cores if not told")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
+Tuned = Annotated[bool, typer.Option("--tuned", help="also transformers with a tuned malloc")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
-@app.callback()
-def _commands() -> None:
-    """Keeps `decode` a command by name while it is the only one."""
+Result = TypeVar("Result", decoding.Result, training.Result)
 
 
 @app.command()
 def decode(
-    shape: Annotated[str, typer.Option(help=f"size of the network: {', '.join(SHAPES)}")] = "mid",
-    dtype: Annotated[str, typer.Option(help=f"what to compute in: {', '.join(decoding.DTYPES)}")] = "bf16",
-    repeats: Annotated[int, typer.Option(help="times that everything is measured")] = 5,
-    threads: Annotated[int | None, typer.Option(help="threads a side may use; all cores if not told")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
-    tuned: Annotated[bool, typer.Option("--tuned", help="also transformers with a tuned malloc")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+    shape: Shape = "mid",
+    dtype: Dtype = "bf16",
+    repeats: Repeats = 5,
+    threads: Threads = None,
+    device: Device = "cpu",
+    tuned: Tuned = False,
+    as_json: AsJson = False,
 ) -> None:
     """Decode with this project and with transformers: same random weights, same steps, same dtype."""
-    try:
-        tell = lambda line: print(line, file=sys.stderr)  # noqa: E731
-        result = decoding.run(shape, dtype, repeats, threads, tuned, device, progress=tell)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
-    if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
-    else:
-        show(result)
+    run = lambda: decoding.run(shape, dtype, repeats, threads, tuned, device, progress=_tell)  # noqa: E731
+    _report(run, show, as_json)
+
+
+@app.command()
+def train(
+    shape: Shape = "train",
+    dtype: Dtype = "f32",
+    batch: Annotated[int, typer.Option(help="examples a step")] = 16,
+    canvases: Annotated[int, typer.Option(help="noised canvases of each example")] = 2,
+    causal: Annotated[bool, typer.Option(help="with the left-to-right loss")] = True,
+    repeats: Repeats = 5,
+    steps: Annotated[int, typer.Option(help="steps of the optimiser a repeat")] = 3,
+    threads: Threads = None,
+    device: Device = "cpu",
+    tuned: Tuned = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train with this project and with transformers: same random weights, same canvases, same loss, same dtype."""
+    run = lambda: training.run(  # noqa: E731
+        shape, dtype, batch, canvases, causal, repeats, steps, threads, tuned, device, progress=_tell
+    )
+    _report(run, show_training, as_json)
 
 
 def show(result: decoding.Result) -> None:
     """A table: medians, and the least and most of the repeats."""
-    from rich.console import Console
-    from rich.table import Table
-
-    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
-    table = Table(title=f"decode: {result.shape}, {result.dtype}, {result.threads} threads, {result.repeats} repeats")
-    table.add_column("median (least … most)")
-    for name in result.sides:
-        table.add_column(name, justify="right")
+    told = f"{result.shape}, {result.dtype}, {result.threads} threads, {result.repeats} repeats"
+    table = _table(f"decode: {told}", result.sides)
     sides = result.sides.values()
     table.add_row("start, weights loaded, s", *(_spread(s.start) for s in sides))
     table.add_row("start, first step done, s", *(_spread(s.first) for s in sides))
@@ -58,15 +76,69 @@ def show(result: decoding.Result) -> None:
     table.add_row("denoising step, ms", *(_spread(s.step, 1e3) for s in sides))
     for count in decoding.STEPS_A_CANVAS:
         table.add_row(f"tokens a second, {count} steps", *(f"{s.tokens_per_second[count]:.1f}" for s in sides))
-    table.add_row("peak memory, MiB", *("?" if s.peak_bytes is None else f"{s.peak_bytes >> 20}" for s in sides))
+    console = _finish(table, result)
+    if result.trajectories_equal is not None:
+        console.print(f"trajectories equal: {'yes' if result.trajectories_equal else 'no'}")
+
+
+def show_training(result: training.Result) -> None:
+    """The same for training."""
+    objective = (
+        f"{result.batch} examples of {result.canvases} canvases, {'with' if result.causal else 'no'} causal loss"
+    )
+    told = f"{result.shape}, {result.dtype}, {objective}, {result.threads} threads"
+    table = _table(f"train: {told}, {result.repeats} repeats of {result.steps} steps", result.sides)
+    sides = result.sides.values()
+    table.add_row("step, ms", *(_spread(s.step, 1e3) for s in sides))
+    table.add_row("examples a second", *(_spread(s.examples_per_second) for s in sides))
+    table.add_row("first step's loss", *(f"{s.loss:.5f}" for s in sides))
+    table.add_row("first step's gradient norm", *(f"{s.norm:.5f}" for s in sides))
+    console = _finish(table, result)
+    if result.agree is not None:
+        console.print(f"first steps agree: {'yes' if result.agree else 'no'}")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _report(run: Callable[[], Result], show: Callable[[Result], None], as_json: bool) -> None:
+    """Runs a measurement and prints its result; exit code 2 for a wrong call, 1 if a side failed."""
+    try:
+        result = run()
+    except (ValueError, OSError) as error:
+        _tell(f"error: {error}")
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        show(result)
+
+
+def _table(title: str, sides: Iterable[str]) -> "Table":
+    from rich.table import Table
+
+    table = Table(title=title)
+    table.add_column("median (least … most)")
+    for name in sides:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _finish(table: "Table", result: decoding.Result | training.Result) -> "Console":
+    """Adds the rows that every measurement has, and prints the table and what it was measured on."""
+    from rich.console import Console
+
+    peaks = (side.peak_bytes for side in result.sides.values())
+    table.add_row("peak memory, MiB", *("?" if peak is None else f"{peak >> 20}" for peak in peaks))
     if result.ratios:
         ratios = (_spread(result.ratios[name]) for name in result.sides if name in result.ratios)
         table.add_row("step, times dgemma's", "1", *ratios)
     console = Console()
     console.print(table)
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     console.print(f"{result.machine}; {versions}")
-    if result.trajectories_equal is not None:
-        console.print(f"trajectories equal: {'yes' if result.trajectories_equal else 'no'}")
+    return console
 
 
 def _spread(value: Spread, scale: float = 1) -> str:

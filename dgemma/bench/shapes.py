@@ -73,5 +73,26 @@ _SMALL = replace(
     initializer_range=0.3,
     image_token_id=512,
 )
+# The size of the models that ship in the package, which were trained from nothing.
+_TRAIN = replace(
+    _SMALL,
+    vocab_size=1024,
+    hidden_size=128,
+    intermediate_size=256,
+    moe_intermediate_size=96,
+    num_experts=8,
+    num_key_value_heads=4,
+    head_dim=32,
+    num_global_key_value_heads=4,
+    layer_types=(SLIDING, SLIDING, FULL) * 2,
+    sliding_window=256,
+    canvas_length=96,
+    initializer_range=0.02,
+    image_token_id=1024,
+)
 
-SHAPES = {"mid": Shape(_MID, prompt=256, steps=(2, 8)), "small": Shape(_SMALL, prompt=32, steps=(2, 22))}
+SHAPES = {
+    "mid": Shape(_MID, prompt=256, steps=(2, 8)),
+    "small": Shape(_SMALL, prompt=32, steps=(2, 22)),
+    "train": Shape(_TRAIN, prompt=100, steps=(2, 8)),
+}

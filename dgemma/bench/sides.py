@@ -11,16 +11,36 @@ from typing import Any
 from dgemma.bench.harness import peak_bytes
 
 
-class _Timed(ABC):
+class Common:
+    """What the sides of every comparison have: their threads, a device, and how much memory they took."""
+
+    def __init__(self, device: str, threads: int):
+        import torch
+
+        torch.set_num_threads(threads)
+        self.device = device
+
+    def peak(self) -> int | None:
+        """Bytes of this process, or on a GPU those of its tensors."""
+        import torch
+
+        return peak_bytes() if self.device == "cpu" else torch.cuda.max_memory_allocated(self.device)
+
+    def _wait(self) -> None:
+        import torch
+
+        if self.device != "cpu":
+            torch.cuda.synchronize(self.device)
+
+
+class _Timed(Common, ABC):
     """What both sides measure, from what each can do."""
 
     vocab_size: int
 
     def __init__(self, device: str, threads: int, tokens: int):
-        import torch
-
-        torch.set_num_threads(threads)
-        self.device, self.tokens = device, tokens
+        super().__init__(device, threads)
+        self.tokens = tokens
 
     def prefill(self) -> float:
         """Seconds to encode the prompt."""
@@ -35,18 +55,6 @@ class _Timed(ABC):
         self._generate(steps)
         self._wait()
         return perf_counter() - started
-
-    def peak(self) -> int | None:
-        """Bytes of this process, or on a GPU those of its tensors."""
-        import torch
-
-        return peak_bytes() if self.device == "cpu" else torch.cuda.max_memory_allocated()
-
-    def _wait(self) -> None:
-        import torch
-
-        if self.device != "cpu":
-            torch.cuda.synchronize()
 
     def _prompt(self) -> Any:
         """int64 [tokens], the same on both sides."""

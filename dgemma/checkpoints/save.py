@@ -38,10 +38,10 @@ def save_model(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with _replacing(directory) as new:
+    with replacing(directory) as new:
         weights = _write_weights(model, new, max_shard_bytes)
-        _write_json(new("config.json"), _config(model))
-        _write_json(new("generation_config.json"), generation_config.to_dict())
+        write_json(new("config.json"), _config(model))
+        write_json(new("generation_config.json"), generation_config.to_dict())
         for name in EXTRAS if extras is not None else ():
             found = Path(extras or "") / name
             if found.is_file():
@@ -71,18 +71,19 @@ def _write_weights(model: DiffusionGemma, new: Callable[[str], Path], max_shard_
         shards[-1][stored_name(name)] = tensor
         filled += tensor.nbytes
     if len(shards) == 1:
-        _write_tensors(new(SINGLE), shards[0])
+        write_tensors(new(SINGLE), shards[0])
         return {SINGLE}
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards, strict=True):
-        _write_tensors(new(file), shard)
+        write_tensors(new(file), shard)
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-    _write_json(new(INDEX), {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    write_json(new(INDEX), {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
     return {*files, INDEX}
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file; a failure is an OSError that names the directory."""
     # One shard at a time leaves the device; the metadata is what transformers looks for.
     on_host = {name: tensor.to(torch.device("cpu")).contiguous() for name, tensor in tensors.items()}
     try:
@@ -91,13 +92,17 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(f"cannot write {path.parent}: {error}") from None
 
 
-def _write_json(path: Path, values: dict) -> None:
+def write_json(path: Path, values: dict) -> None:
+    """A JSON file with its keys in order."""
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def _replacing(directory: Path) -> Iterator[Callable[[str], Path]]:
-    """Gives temporary paths for the names of new files; they take their places at the end, or vanish on an error."""
+def replacing(directory: Path) -> Iterator[Callable[[str], Path]]:
+    """Gives temporary paths for the names of new files; they take their places at the end, or vanish on an error.
+
+    One of them must be a config, whose mode they all get.
+    """
     pending: dict[str, Path] = {}
 
     def new(name: str) -> Path:
@@ -105,9 +110,10 @@ def _replacing(directory: Path) -> Iterator[Callable[[str], Path]]:
 
     try:
         yield new
+        # safetensors makes its files for their owner alone; they get the mode of the others.
+        usual = next(path for name, path in pending.items() if name.endswith("config.json"))
         for path in pending.values():
-            # safetensors makes its files for their owner alone; they get the mode of the others.
-            shutil.copymode(pending["config.json"], path)
+            shutil.copymode(usual, path)
         for name, path in pending.items():
             os.replace(path, directory / name)
     finally:

@@ -5,9 +5,11 @@ import os
 from pathlib import Path
 
 from dgemma import embedded
+from dgemma.config import read_json
 
 DESCRIPTIONS = ("*.json", "*.jinja")
 PATTERNS = (*DESCRIPTIONS, "*.safetensors")
+ADAPTER = "adapter_config.json"
 
 
 def resolve(source: str | Path, weights: bool = True) -> Path:
@@ -34,6 +36,22 @@ def resolve(source: str | Path, weights: bool = True) -> Path:
     return _from_hub(text, PATTERNS if weights else DESCRIPTIONS)
 
 
+def base_of(directory: Path) -> Path | None:
+    """The directory of the model that an adapter's directory changes; None for one that holds a model itself.
+
+    Raises what `resolve` raises, naming the adapter.
+    """
+    if (directory / "config.json").is_file() or not (directory / ADAPTER).is_file():
+        return None
+    name = read_json(directory / ADAPTER).get("base_model_name_or_path")
+    if not name or not isinstance(name, str):
+        raise ValueError(f"{directory / ADAPTER} lacks base_model_name_or_path, the model that the adapter changes")
+    try:
+        return resolve(name)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"{directory / ADAPTER} changes {name!r}, which is not to be had: {error}") from None
+
+
 def _from_hub(name: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
 
@@ -55,7 +73,7 @@ def _from_hub(name: str, patterns: tuple[str, ...]) -> Path:
     # The client's own errors are OSError; its HTTP library's and hf_xet's are not.
     except (OSError, errors.HTTPError, RuntimeError) as error:
         raise OSError(f"could not download {name}: {_reason(error)}") from None
-    if not (directory / "config.json").is_file():
+    if not any((directory / file).is_file() for file in ("config.json", ADAPTER)):
         raise FileNotFoundError(f"{name} holds no config.json on the hub: it is not a model with safetensors")
     return directory
 

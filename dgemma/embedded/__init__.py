@@ -40,5 +40,6 @@ def directory(name: str) -> Path | None:
 
 
 def task(path: Path) -> Task | None:
-    """The task of the model in a directory; None for one that does not ship here."""
-    return import_module(f"{__name__}.{path.name}") if path.parent == HERE else None
+    """The task of the model in a directory; None for one that does not ship here, or answers any question."""
+    own = path.parent == HERE and (path / "__init__.py").exists()
+    return import_module(f"{__name__}.{path.name}") if own else None

@@ -3,8 +3,9 @@
 Shapes: N = tokens of all rows, flat; B rows of T tokens; H query heads, K key/value heads; S keys; D head size.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +24,9 @@ class Span:
 
     row: int
     rows: int
-    start: int
     length: int
     past: int
     causal: bool
-
-    @property
-    def tokens(self) -> slice:
-        return slice(self.start, self.start + self.rows * self.length)
 
 
 class KeyValues(Protocol):
@@ -69,7 +65,7 @@ class Attention(nn.Module):
         """x [N, hidden] to [N, hidden]; causal spans leave their keys and values in the cache."""
         q = layers.rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.size))), *rope)
         k, v = self.keys_values(x, rope)
-        outputs = [self._attend_span(span, q[span.tokens], k[span.tokens], v[span.tokens], cache) for span in spans]
+        outputs = [self._attend_span(cache, *part) for part in _by_span(spans, q, k, v)]
         return self.o_proj(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
 
     def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -81,11 +77,10 @@ class Attention(nn.Module):
     def write(self, x: Tensor, spans: list[Span], cache: KeyValues, rope: tuple[Tensor, Tensor]) -> None:
         """Only the keys and values of x: all that anyone reads of the last layer when a prompt is encoded."""
         k, v = self.keys_values(x, rope)
-        for span in spans:
-            cache.write(self.layer, span, _by_head(k[span.tokens], span), _by_head(v[span.tokens], span))
+        for span, keys, values in _by_span(spans, k, v):
+            cache.write(self.layer, span, keys, values)
 
-    def _attend_span(self, span: Span, q: Tensor, k: Tensor, v: Tensor, cache: KeyValues) -> Tensor:
-        q, k, v = (_by_head(t, span) for t in (q, k, v))
+    def _attend_span(self, cache: KeyValues, span: Span, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if span.causal:
             cache.write(self.layer, span, k, v)
         past = cache.read(self.layer, span)
@@ -95,8 +90,12 @@ class Attention(nn.Module):
         return y.transpose(1, 2).reshape(-1, self.heads * self.size)
 
 
-def _by_head(x: Tensor, span: Span) -> Tensor:
-    return x.unflatten(0, (span.rows, span.length)).transpose(1, 2)
+def _by_span(spans: list[Span], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Each span with its part [B, heads, T, D] of every tensor [N, heads, D]."""
+    # Split, not sliced: the gradient of a slice is as large as the whole.
+    parts = (tensor.split([span.rows * span.length for span in spans]) for tensor in tensors)
+    for span, *pieces in zip(spans, *parts, strict=True):
+        yield span, *(piece.unflatten(0, (span.rows, span.length)).transpose(1, 2) for piece in pieces)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window: int | None = None) -> Tensor:

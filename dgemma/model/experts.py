@@ -1,11 +1,15 @@
 """The sparse branch: a router that picks k of E experts for a token, and the experts, stored fused."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from dgemma.config import ModelConfig
 from dgemma.model import layers
 from dgemma.model.layers import Linear, RMSNorm, linear
+
+Product = Callable[[int, Tensor], Tensor]
 
 
 class Router(nn.Module):
@@ -31,20 +35,30 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        count, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, hidden))
-        self.down_proj = nn.Parameter(torch.empty(count, hidden, inner))
+        self.count, self.hidden, self.inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.count, 2 * self.inner, self.hidden))
+        self.down_proj = nn.Parameter(torch.empty(self.count, self.hidden, self.inner))
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Weighted sum of each token's experts, [N, hidden]."""
         k = experts.shape[1]
         order = experts.flatten().argsort()
-        counts = experts.flatten().bincount(minlength=len(self.down_proj)).tolist()
+        counts = experts.flatten().bincount(minlength=self.count).tolist()
         grouped = x.index_select(0, order // k).split(counts)
-        outputs = [self._expert(e, rows) for e, rows in enumerate(grouped) if len(rows)]
-        y = torch.cat(outputs).index_select(0, order.argsort()).unflatten(0, (-1, k))
+        y = torch.cat(self.each(grouped)).index_select(0, order.argsort()).unflatten(0, (-1, k))
         return (weights[:, None] @ y.float()).squeeze(1).type_as(x)
 
-    def _expert(self, expert: int, x: Tensor) -> Tensor:
-        gate, up = linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
-        return linear(layers.gated(gate, up), self.down_proj[expert])
+    def each(self, groups: Sequence[Tensor]) -> list[Tensor]:
+        """What each expert makes of its own tokens [n, hidden]; an expert without tokens has no entry."""
+        up, down = self.products()
+        return [
+            down(e, layers.gated(*up(e, rows).chunk(2, dim=-1)))  # the gate's half comes first
+            for e, rows in enumerate(groups)
+            if len(rows)
+        ]
+
+    def products(self) -> tuple[Product, Product]:
+        """x [n, hidden] to [n, 2 * inner], and x [n, inner] to [n, hidden], for an expert by number."""
+        # Unbound once: the gradient of an index would fill the whole stack for each expert.
+        ups, downs = self.gate_up_proj.unbind(), self.down_proj.unbind()
+        return lambda e, x: linear(x, ups[e]), lambda e, x: linear(x, downs[e])

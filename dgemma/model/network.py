@@ -175,12 +175,10 @@ class DiffusionGemma(nn.Module):
 def make_spans(lengths: Sequence[int], past: Sequence[int], causal: bool) -> list[Span]:
     """Spans of rows with these new and cached lengths; neighbours that look alike share one, empty rows have none."""
     spans: list[Span] = []
-    start = 0
     for row, (length, before) in enumerate(zip(lengths, past, strict=True)):
         last = spans[-1] if spans else None
         if last and (last.row + last.rows, last.length, last.past) == (row, length, before):
-            spans[-1] = Span(last.row, last.rows + 1, last.start, length, before, causal)
+            spans[-1] = Span(last.row, last.rows + 1, length, before, causal)
         elif length:
-            spans.append(Span(row, 1, start, length, before, causal))
-        start += length
+            spans.append(Span(row, 1, length, before, causal))
     return spans

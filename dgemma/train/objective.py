@@ -1,9 +1,10 @@
-"""The training loss of block diffusion, for a batch of examples and one or several noised canvases of each.
+"""The training loss of block diffusion: a causal pass over whole examples, then noised canvases of their answers.
 
-Shapes: B examples, S tokens (prompt, then the clean response filled to whole canvases), M canvases an example, C tokens
-a canvas, V vocabulary. Source: the released model's published recipes (uniform corruption, self-conditioning).
+Shapes: R canvases, C tokens a canvas, S tokens of an example, V vocabulary. Sources: the released model's published
+recipes (uniform corruption, self-conditioning, causal co-loss); arXiv 2605.22765 for the leave-one-out loss.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,88 +16,168 @@ from dgemma.model.attention import Span
 from dgemma.model.network import DiffusionGemma, make_spans
 
 
-class Tape:
-    """Keys and values of encoded examples, with their gradients: the training counterpart of `model.Cache`."""
+@dataclass(frozen=True)
+class Batch:
+    """Canvases to be learnt, and the examples that they lie in.
 
-    def __init__(self, config: ModelConfig):
-        self.config = config
-        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
-        self.examples: Tensor | None = None
+    examples: int64 [S_b] each, prompt and clean answer; owner and start: for each canvas its example and the position
+    where it begins, int64 [R] on the CPU, canvases of one example side by side; clean: int64 [R, C];
+    answers: (example, first token, end) of each turn that the causal loss is taken over.
+    """
 
-    def canvases_of(self, examples: Tensor) -> "Tape":
-        """The same tape, read by canvas rows that belong to these examples (int64 [rows])."""
-        view = Tape(self.config)
-        view.stored, view.examples = self.stored, examples
-        return view
+    examples: Sequence[Tensor]
+    owner: Sequence[int]
+    start: Sequence[int]
+    clean: Tensor
+    answers: Sequence[tuple[int, int, int]] = ()
 
-    def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> None:
-        self.stored[layer] = keys, values
-
-    def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor] | None:
-        if span.causal or span.past == 0:
-            return None
-        assert self.examples is not None
-        start = self.config.first_reached(self.config.layer_types[layer], span.past)
-        rows = self.examples[span.row : span.row + span.rows]
-        keys, values = (t[:, :, start : span.past].index_select(0, rows) for t in self.stored[layer])
-        return keys, values
+    def to(self, device: torch.device | str) -> "Batch":
+        examples = [example.to(device) for example in self.examples]
+        return Batch(examples, self.owner, self.start, self.clean.to(device), self.answers)
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """What is drawn for one batch: clean and noised canvases [B * M, C], noise levels and self-conditioning [B * M]."""
+    """What is drawn for the canvases of a batch.
 
-    clean: Tensor
+    noised: int64 [R, C]; level: float32 [R], the share of tokens replaced, in expectation; conditioned: bool [R], which
+    canvases are self-conditioned by a first pass; pinned: bool [R, C], tokens given as clean, whose self-conditioning
+    is certain; given: expected embeddings [R, C, hidden] of the canvases without a first pass, zeros if None.
+    """
+
     noised: Tensor
     level: Tensor
     conditioned: Tensor
+    pinned: Tensor
+    given: Tensor | None = None
+
+    def rows(self, rows: slice) -> "Corruption":
+        return self._map(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device | str) -> "Corruption":
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Corruption":
+        given = None if self.given is None else change(self.given)
+        return Corruption(change(self.noised), change(self.level), change(self.conditioned), change(self.pinned), given)
 
 
-def corrupt(clean: Tensor, vocab_size: int, generator: torch.Generator, conditioning: float = 0.5) -> Corruption:
-    """Draws t ~ U(0, 1) for each canvas [rows, C] and replaces each token, with probability t, by a uniform one.
+def corrupt(
+    clean: Tensor,
+    vocab_size: int,
+    generator: torch.Generator,
+    conditioning: float = 0.5,
+    infill: float = 0.0,
+    exponent: float = 1.0,
+) -> Corruption:
+    """Draws t = u^exponent, u ~ U(0, 1), for each canvas [R, C]; each token is, with probability t, a uniform one.
 
+    infill: share of canvases of which only one gap, of random place and length, is noised; the rest is pinned.
     The draws are made on the CPU, so that a seed means the same on every device.
     """
-    level = torch.rand(len(clean), generator=generator) * (1 - 2e-4) + 1e-4
-    replace = torch.rand(clean.shape, generator=generator) < level[:, None]
-    noise = torch.randint(vocab_size, clean.shape, generator=generator)
-    conditioned = torch.rand(len(clean), generator=generator) < conditioning
-    level, replace, noise, conditioned = (t.to(clean.device) for t in (level, replace, noise, conditioned))
-    return Corruption(clean, torch.where(replace, noise, clean), level, conditioned)
+    rows, length = clean.shape
+    uniform = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
+    level = uniform(rows) ** exponent * (1 - 2e-4) + 1e-4
+    replace = uniform(rows, length) < level[:, None]
+    noise = torch.randint(vocab_size, (rows, length), generator=generator)
+    conditioned = uniform(rows) < conditioning
+    gap = (uniform(rows, 1) * length).long() + 1
+    begin = (uniform(rows, 1) * (length - gap + 1)).long()
+    at = torch.arange(length)
+    pinned = (uniform(rows, 1) < infill) & ((at < begin) | (at >= begin + gap))
+    noised = torch.where((replace & ~pinned).to(clean.device), noise.to(clean.device), clean)
+    return Corruption(noised, *(t.to(clean.device) for t in (level, conditioned, pinned)))
 
 
-def encode(model: DiffusionGemma, tokens: Tensor) -> Tape:
-    """One causal pass over tokens [B, S]; its keys and values carry gradients."""
-    tape = Tape(model.config)
-    spans = make_spans([tokens.shape[1]] * len(tokens), [0] * len(tokens), causal=True)
-    model.stack(model.embed_tokens(tokens.flatten()), spans, tape, keys_only=True)
-    return tape
+class Tape:
+    """Keys and values of encoded examples, with their gradients: the training counterpart of `model.Cache`.
+
+    owner: the example of each canvas that reads the tape.
+    """
+
+    def __init__(self, config: ModelConfig, owner: Sequence[int] = ()):
+        self.config, self.owner = config, owner
+        self.stored: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def read_by(self, owner: Sequence[int]) -> "Tape":
+        """The same tape, for other canvases."""
+        view = Tape(self.config, owner)
+        view.stored = self.stored
+        return view
+
+    def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> None:
+        for i, pair in enumerate(zip(keys.unbind(), values.unbind(), strict=True)):
+            self.stored[layer, span.row + i] = pair
+
+    def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor] | None:
+        if span.causal or span.past == 0:
+            return None
+        start = self.config.first_reached(self.config.layer_types[layer], span.past)
+        pairs = [self.stored[layer, owner] for owner in self.owner[span.row : span.row + span.rows]]
+        keys, values = (torch.stack([t[:, start : span.past] for t in side]) for side in zip(*pairs, strict=True))
+        return keys, values
 
 
-def denoise_logits(model: DiffusionGemma, canvas: Tensor, tape: Tape, starts: list[int], soft: Tensor | None) -> Tensor:
-    """Logits [rows, C, V] of canvases whose prefixes are the first `starts` tokens of their examples on the tape."""
-    spans = make_spans([canvas.shape[1]] * len(canvas), starts, causal=False)
+def encode(model: DiffusionGemma, batch: Batch, causal: bool) -> tuple[Tape, Tensor | None]:
+    """One causal pass over the examples, as far as canvases or the causal loss need them.
+
+    Returns the tape and, if `causal`, the cross-entropy of every token of the batch's answers, [all of them].
+    """
+    ends = [0] * len(batch.examples)
+    for owner, start in zip(batch.owner, batch.start, strict=True):
+        ends[owner] = max(ends[owner], start)
+    for example, _, stop in batch.answers if causal else ():
+        ends[example] = max(ends[example], stop - 1)
+    tape = Tape(model.config, batch.owner)
+    spans = make_spans(ends, [0] * len(ends), causal=True)
+    if not spans:
+        return tape, None
+    tokens = torch.cat([example[:end] for example, end in zip(batch.examples, ends, strict=True)])
+    hidden = model.stack(model.embed_tokens(tokens), spans, tape, keys_only=not causal)
+    if hidden is None:
+        return tape, None
+    # A token is predicted by the state of the one before it; only those states go through the head.
+    begins = [sum(ends[:i]) for i in range(len(ends))]
+    asked = torch.cat([torch.arange(begins[e] + start - 1, begins[e] + stop - 1) for e, start, stop in batch.answers])
+    wanted = torch.cat([batch.examples[e][start:stop] for e, start, stop in batch.answers])
+    logits = model.embed_tokens.logits(model.norm(hidden[asked.to(hidden.device)]))
+    return tape, F.cross_entropy(logits, wanted, reduction="none")
+
+
+def denoise_logits(model: DiffusionGemma, canvas: Tensor, tape: Tape, start: Sequence[int], soft: Tensor) -> Tensor:
+    """Logits float32 [R, C, V] of canvases that begin at positions `start` of the examples on the tape."""
+    spans = make_spans([canvas.shape[1]] * len(canvas), start, causal=False)
     hidden = model.stack(model.canvas_input(canvas, soft).flatten(0, 1), spans, tape)
     assert hidden is not None
     return model.embed_tokens.logits(model.norm(hidden)).view(*canvas.shape, -1)
 
 
-def diffusion_loss(model: DiffusionGemma, prompt: Tensor, drawn: Corruption) -> Tensor:
-    """Cross-entropy [B * M, C] of the clean canvases that continue prompts [B, S].
+def diffusion_loss(
+    model: DiffusionGemma, batch: Batch, drawn: Corruption, causal: bool = False, leave_one_out: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy [R, C] of the clean canvases, at all positions, and, if `causal`, that of the answers' tokens.
 
-    The rows chosen for self-conditioning get a first pass without gradients, whose expected embeddings the second pass
-    sees; the others get a zero vector.
+    The canvases chosen for self-conditioning get a first pass without gradients, whose expected embeddings the second
+    pass sees; the others get a zero vector. `leave_one_out` takes the network's output for what it would say of a token
+    without having seen that token's own noised value, which is brought in by Bayes' rule before the cross-entropy.
     """
-    tape = encode(model, prompt)
-    rows = len(drawn.clean)
-    examples = torch.arange(len(prompt), device=model.device).repeat_interleave(rows // len(prompt))
-    soft = torch.zeros(*drawn.clean.shape, model.config.hidden_size, dtype=model.dtype, device=model.device)
-    if drawn.conditioned.any():
-        chosen = drawn.conditioned.nonzero().flatten()
+    tape, causal_loss = encode(model, batch, causal)
+    nothing = torch.zeros(*drawn.noised.shape, model.config.hidden_size, dtype=model.dtype, device=model.device)
+    soft = nothing if drawn.given is None else drawn.given
+    chosen = drawn.conditioned.nonzero().flatten()
+    if len(chosen):
+        owner, start = ([values[i] for i in chosen.tolist()] for values in (batch.owner, batch.start))
         with torch.no_grad():
-            view = tape.canvases_of(examples[chosen])
-            logits = denoise_logits(model, drawn.noised[chosen], view, [prompt.shape[1]] * len(chosen), None)
+            logits = denoise_logits(model, drawn.noised[chosen], tape.read_by(owner), start, nothing[chosen])
         # The first pass is not learnt from, but the embedding that its belief is expressed in is.
-        soft = soft.index_put((chosen,), model.embed_tokens.soft(logits.softmax(-1)).to(soft.dtype))
-    logits = denoise_logits(model, drawn.noised, tape.canvases_of(examples), [prompt.shape[1]] * rows, soft)
-    return F.cross_entropy(logits.flatten(0, 1), drawn.clean.flatten(), reduction="none").view(drawn.clean.shape)
+        believed = model.embed_tokens.soft(logits.softmax(-1)).to(soft.dtype)
+        certain = model.embed_tokens(batch.clean[chosen])
+        soft = soft.index_put((chosen,), torch.where(drawn.pinned[chosen][..., None], certain, believed))
+    logits = denoise_logits(model, drawn.noised, tape, batch.start, soft)
+    if leave_one_out:
+        # What a token's noised value tells of it: log(1 + V (1 - t) / t) in favour of that value.
+        evidence = torch.log1p(logits.shape[-1] * (1 - drawn.level) / drawn.level)
+        seen = drawn.noised[..., None]
+        logits = logits.scatter_add(-1, seen, evidence[:, None, None].expand(seen.shape))
+    loss = F.cross_entropy(logits.flatten(0, 1), batch.clean.flatten(), reduction="none").view(batch.clean.shape)
+    return loss, causal_loss

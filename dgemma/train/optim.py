@@ -1,10 +1,14 @@
-"""Muon for the matrices, Adam for the rest, in one optimiser. Source: Keller Jordan's Muon (2024), arXiv 2502.16982."""
+"""Adam, and Muon for the matrices where asked for; float32 masters of weights in less. No weight decay.
+
+Sources: Kingma and Ba, arXiv 1412.6980; Keller Jordan's Muon (2024), arXiv 2502.16982.
+"""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Coefficients of the quintic Newton-Schulz iteration that pushes all singular values towards 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -22,55 +26,75 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return x if wide else x.transpose(-2, -1)
 
 
-class MuonAdam(torch.optim.Optimizer):
-    """Muon on `matrices` (2-D, or 3-D stacks such as fused experts), Adam on `others`, each at its own rate."""
+class MuonAdam:
+    """Muon on the weights named in `matrices` (2-D, or 3-D stacks such as fused experts), Adam on all others.
+
+    Weights that are not float32 get a float32 master, which is what is moved; they follow it, rounded.
+    """
 
     def __init__(
         self,
-        matrices: Iterable[nn.Parameter],
-        others: Iterable[nn.Parameter],
-        muon_lr: float = 0.02,
-        adam_lr: float = 1e-3,
+        weights: Mapping[str, Tensor],
+        matrices: frozenset[str] = frozenset(),
+        *,
+        muon_rate: float = 0.02,
+        adam_rate: float = 1e-3,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.98),
     ):
-        groups = [
-            {"params": list(matrices), "lr": muon_lr, "muon": True},
-            {"params": list(others), "lr": adam_lr, "muon": False},
-        ]
-        super().__init__(groups, {"momentum": momentum, "betas": betas})
+        self.weights = {name: weight.detach() for name, weight in weights.items()}
+        self.masters = {name: weight.float() for name, weight in self.weights.items()}
+        self.matrices = [name for name in weights if name in matrices]
+        self.others = [name for name in weights if name not in matrices]
+        self.muon_rate, self.adam_rate, self.momentum, self.betas = muon_rate, adam_rate, momentum, betas
+        zeros = lambda names: {name: torch.zeros_like(self.masters[name]) for name in names}  # noqa: E731
+        self.velocity, self.mean, self.square = zeros(self.matrices), zeros(self.others), zeros(self.others)
+        self.steps = 0
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            moved = [(p, p.grad) for p in group["params"] if p.grad is not None]
-            if group["muon"]:
-                self._muon(moved, group["lr"], group["momentum"])
-            else:
-                self._adam(moved, group["lr"], group["betas"])
+    def step(self, gradients: Mapping[str, Tensor], factor: float = 1.0) -> None:
+        """Moves all weights; gradients float32 by name; `factor` scales both rates."""
+        self.steps += 1
+        self._muon(gradients, self.muon_rate * factor)
+        self._adam(gradients, self.adam_rate * factor)
+        for name, weight in self.weights.items():
+            if weight is not self.masters[name]:
+                weight.copy_(self.masters[name])
 
-    def _muon(self, moved: list[tuple[Tensor, Tensor]], lr: float, momentum: float) -> None:
+    def _muon(self, gradients: Mapping[str, Tensor], rate: float) -> None:
         alike = defaultdict(list)
-        for p, grad in moved:
-            state = self.state[p]
-            if not state:
-                state["velocity"] = torch.zeros_like(p)
-            velocity = state["velocity"].lerp_(grad, 1 - momentum)
-            alike[tuple(p.shape[-2:])].append((p, grad.lerp(velocity, momentum)))
+        for name in self.matrices:
+            velocity = self.velocity[name].lerp_(gradients[name], 1 - self.momentum)
+            alike[velocity.shape[-2:]].append((self.masters[name], gradients[name].lerp(velocity, self.momentum)))
         for (rows, columns), pairs in alike.items():
             stacks = [update.reshape(-1, rows, columns) for _, update in pairs]
             updates = orthogonalise(torch.cat(stacks)).split([len(stack) for stack in stacks])
-            for (p, _), update in zip(pairs, updates, strict=True):
-                p.sub_(update.view_as(p), alpha=lr * max(1.0, rows / columns) ** 0.5)
+            for (weight, _), update in zip(pairs, updates, strict=True):
+                weight.sub_(update.view_as(weight), alpha=rate * max(1.0, rows / columns) ** 0.5)
 
-    def _adam(self, moved: list[tuple[Tensor, Tensor]], lr: float, betas: tuple[float, float]) -> None:
-        for p, grad in moved:
-            state = self.state[p]
-            if not state:
-                state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
-            state["step"] += 1
-            state["mean"].lerp_(grad, 1 - betas[0])
-            state["square"].mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-            mean = state["mean"] / (1 - betas[0] ** state["step"])
-            square = state["square"] / (1 - betas[1] ** state["step"])
-            p.sub_(mean / (square.sqrt() + 1e-8), alpha=lr)
+    def _adam(self, gradients: Mapping[str, Tensor], rate: float) -> None:
+        if not self.others:
+            return
+        of = lambda tensors: [tensors[name] for name in self.others]  # noqa: E731
+        grads, mean, square = of(gradients), of(self.mean), of(self.square)
+        torch._foreach_lerp_(mean, grads, 1 - self.betas[0])
+        torch._foreach_mul_(square, self.betas[1])
+        torch._foreach_addcmul_(square, grads, grads, 1 - self.betas[1])
+        unbiased = [1 - beta**self.steps for beta in self.betas]
+        divisor = torch._foreach_sqrt(square)
+        torch._foreach_div_(divisor, unbiased[1] ** 0.5)
+        torch._foreach_add_(divisor, 1e-8)
+        torch._foreach_addcdiv_(of(self.masters), mean, divisor, -rate / unbiased[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later run needs to go on: steps, moments, and masters where there are any."""
+        masters = {name: master for name, master in self.masters.items() if master is not self.weights[name]}
+        moments = {"velocity": self.velocity, "mean": self.mean, "square": self.square}
+        return {"steps": self.steps, "masters": masters, **moments}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps = state["steps"]
+        for own, stored in ((getattr(self, key), state[key]) for key in ("velocity", "mean", "square", "masters")):
+            for name, tensor in stored.items():
+                own[name].copy_(tensor)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dgemma import embedded
-from dgemma.checkpoints.source import resolve
+from dgemma.checkpoints.source import base_of, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 SHA = "5" * 40
@@ -174,6 +174,11 @@ def test_repository_without_a_config(hub, ask):
     assert ask(NAME, HF_ENDPOINT=hub.url).startswith(f"FileNotFoundError {NAME} holds no config.json on the hub")
 
 
+def test_an_adapter_needs_no_config_of_a_model(hub, ask):
+    hub.files["adapter_config.json"] = hub.files.pop("config.json")
+    assert ask(NAME, HF_ENDPOINT=hub.url).startswith("Path ")
+
+
 def test_network_refused(ask):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -267,3 +272,20 @@ def test_embedded_names_come_first(tmp_path, monkeypatch):
     (tmp_path / "embedded" / "sudoku" / "model.safetensors").touch()
     assert resolve("sudoku") == tmp_path / "embedded" / "sudoku"
     assert resolve("./sudoku") == Path("sudoku")
+
+
+def test_the_base_of_an_adapter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/model"}')
+    assert base_of(tmp_path) == Path("owner/model")
+    assert base_of(tmp_path / "owner") is None
+    (tmp_path / "config.json").touch()
+    assert base_of(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["null", '""', "7"])
+def test_an_adapter_that_names_no_base(tmp_path, name):
+    (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": {name}}}')
+    with pytest.raises(ValueError, match=r"adapter_config\.json lacks base_model_name_or_path"):
+        base_of(tmp_path)

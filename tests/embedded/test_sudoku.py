@@ -2,14 +2,17 @@
 
 import random
 
+import numpy as np
 import pytest
 
 import dgemma
 from dgemma import embedded
 from dgemma.embedded import sudoku
 from dgemma.embedded.sudoku import rules
-from dgemma.train.recipes.sudoku import TEST_SEED, measure
-from dgemma.train.recipes.sudoku_data import make_bases
+from dgemma.evals.measure import measure, summary
+from dgemma.evals.tasks import Item
+from dgemma.evals.tasks import sudoku as task
+from dgemma.evals.tasks.sudoku_data import make_bases, puzzles
 
 PUZZLE = "530070000600195000098000060800060003400803001700020006060000280000419005000080079"
 SOLVED = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
@@ -96,7 +99,14 @@ def test_the_solution_is_right() -> None:
 @pytest.mark.skipif("sudoku" not in embedded.names(), reason="the Sudoku model is not in this checkout")
 def test_the_embedded_model_solves_held_out_puzzles() -> None:
     """A part of what its card measures: 60 puzzles of each of two kinds."""
-    lm = dgemma.load("sudoku")
-    bases = make_bases(40, TEST_SEED)
-    assert measure(lm.model, bases, (45, 56), 60, lm.defaults)["exact"] >= 0.95
-    assert measure(lm.model, bases, (36, 44), 60, lm.defaults)["exact"] >= 0.6
+    rng = np.random.default_rng(0)
+    bases = make_bases(40, seed=1_000_001)[np.arange(60) % 40]
+    items = []
+    for level in task.LEVELS[:2]:
+        fewest, most = map(int, level.split("-"))
+        for pair in zip(*puzzles(bases, rng.integers(fewest, most + 1, size=60), rng), strict=True):
+            asked, solved = (sudoku.lines(tuple(grid.tolist())) for grid in pair)
+            items.append(Item(({"role": "user", "content": asked}, {"role": "assistant", "content": solved}), level))
+    easy, hard, _ = summary(measure(dgemma.load("sudoku"), items, task, batch=60))
+    assert easy.exact.share >= 0.95
+    assert hard.exact.share >= 0.6

@@ -60,7 +60,7 @@ def encoded(model: DiffusionGemma, *prompts: Tensor) -> Cache:
 
 def held(cache: Cache, row: int) -> list[Tensor]:
     """Keys and values [2, K, S, D] that a canvas behind this row would read, a layer."""
-    span = Span(row, 1, 0, 1, cache.lengths[row], causal=False)
+    span = Span(row, 1, 1, cache.lengths[row], causal=False)
     return [torch.stack(cache.read(layer, span))[:, 0] for layer in range(CONFIG.num_hidden_layers)]
 
 

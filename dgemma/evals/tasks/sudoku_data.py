@@ -1,4 +1,4 @@
-"""Sudoku as training data: base puzzles made once, symmetries of them without end.
+"""Sudoku as data: base puzzles made once, symmetries of them without end.
 
 A base is a full grid and an order of removal: taking away its first cells, as many as wanted, leaves a puzzle with
 exactly one solution. Symmetries (digits renamed, rows and columns moved within and with their bands, transposition)
@@ -6,7 +6,7 @@ make 1.2e12 puzzles of each.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,19 +42,23 @@ def make_bases(count: int, seed: int) -> Bases:
     return Bases(np.array([m[0] for m in made], np.uint8), np.array([m[1] for m in made], np.uint8))
 
 
-def _make_base(rng: random.Random) -> tuple[list[int], list[int]]:
+def _make_base(rng: random.Random) -> tuple[Sequence[int], list[int]]:
     solution = next(solutions([0] * 81, rng))
+    return solution, removal_order(solution, rng)
+
+
+def removal_order(solution: Sequence[int], rng: random.Random) -> list[int]:
+    """When each cell of a grid is taken away, as in Bases.removal: every cell in turn, unless others would fit then."""
     puzzle, removal = list(solution), [KEPT] * 81
-    order = rng.sample(list(CELLS), 81)
     removed = 0
-    for cell in order:
+    for cell in rng.sample(list(CELLS), 81):
         digit, puzzle[cell] = puzzle[cell], 0
         others = set(range(1, 10)) - {digit} - {puzzle[p] for p in PEERS[cell]}
         if any(_solvable_with(puzzle, cell, other) for other in others):
             puzzle[cell] = digit
         else:
             removal[cell], removed = removed, removed + 1
-    return list(solution), removal
+    return removal
 
 
 def _solvable_with(puzzle: list[int], cell: int, digit: int) -> bool:

@@ -1,0 +1,161 @@
+"""`dgemma eval`: a model measured on held-out items of a task. Importing this imports neither torch nor matplotlib."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dgemma import embedded
+from dgemma.evals import conversations, tasks
+from dgemma.flags import Device, Dtype, Model, UsageError, checked, config_flags
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from dgemma.evals.measure import Result, Row
+    from dgemma.evals.perplexity import Judgement
+
+COUNT = 200
+"""Items of each level, if not told."""
+
+TaskName = Annotated[str, typer.Argument(help=f"a FILE.jsonl of conversations, or one of {', '.join(tasks.NAMES)}")]
+Count = Annotated[int | None, typer.Option(min=1, help="items of each level", show_default=f"{COUNT}; a file's all")]
+Levels = Annotated[list[str] | None, typer.Option("--level", help="only this one; may be repeated", metavar="LEVEL")]
+Cases = Annotated[Path | None, typer.Option(help="write each question, answer and verdict here", metavar="FILE.jsonl")]
+Picture = Annotated[Path | None, typer.Option(help="draw the figures here", metavar="FILE")]
+Judge = Annotated[str | None, typer.Option(help="MODEL, or hf:MODEL for transformers: its perplexity on the answers")]
+
+
+@config_flags
+def evaluate(
+    task: TaskName,
+    model: Model,
+    count: Count = None,
+    levels: Levels = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the items and of all noise")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="answers at once; changes speed and memory only")] = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    judge: Judge = None,
+    cases: Cases = None,
+    png: Picture = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="print a Markdown table")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    *,
+    config: dict[str, Any],
+) -> None:
+    """Measure a model on held-out items of a task."""
+    if as_json and as_markdown:
+        raise UsageError("--json and --markdown exclude each other")
+    for path in (cases, png):
+        if path and not path.absolute().parent.is_dir():
+            raise UsageError(f"there is no folder {path.parent} to write {path.name} to")
+    chosen: Any = conversations if task.endswith(".jsonl") else _task(task)
+    wanted = _levels(task, chosen, levels)
+    directory = checked(model, config)
+
+    from dgemma.evals import report
+    from dgemma.evals.measure import measure, summary
+    from dgemma.evals.perplexity import judgement, load_judge
+    from dgemma.language_model import load
+
+    if png:
+        report.pyplot()  # what is missing shows before the work, not after it
+    judged = None
+    with _progress() as progress:
+        bar = progress.add_task("items", total=None)
+        if chosen is conversations:
+            items = conversations.read_items(task)[:count]
+        else:
+            drawn = (tasks.items(chosen, count or COUNT, seed, held_out=True, level=level) for level in wanted)
+            items = [item for level in drawn for item in level]
+        progress.update(bar, description="model")
+        lm = load(model if directory.parent == embedded.HERE else directory, device, dtype)
+        progress.update(bar, description="answers", total=len(items))
+        results = measure(
+            lm, items, chosen, batch, seed, progress=lambda done: progress.update(bar, completed=done), **config
+        )
+        if judge:
+            progress.update(bar, description="judge")
+            judged = judgement([r.text for r in results], load_judge(judge, device, dtype))
+    rows = summary(results)
+    if cases:
+        cases.write_text("".join(json.dumps(_case(r), ensure_ascii=False) + "\n" for r in results), "utf-8")
+    title = f"{task}, {model}"
+    if png:
+        report.picture(rows, title, png)
+    if as_json:
+        told: dict[str, Any] = {"task": task, "model": model, "seed": seed, "options": config}
+        told["rows"] = report.to_dict(rows)
+        if judged:
+            told["judge"] = {"model": judge, **asdict(judged)}
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+    else:
+        _tell(rows, title, as_markdown)
+        if judge and judged:
+            print(_verdict(judge, judged))
+
+
+def _task(name: str) -> tasks.Task:
+    try:
+        return tasks.get(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _levels(name: str, task: Any, levels: Sequence[str] | None) -> Sequence[str]:
+    strange = [level for level in levels or () if level not in task.LEVELS]
+    if strange:
+        raise UsageError(f"{name} has no level {strange[0]!r}; known are {', '.join(task.LEVELS)}")
+    return list(dict.fromkeys(levels or task.LEVELS))
+
+
+def _progress() -> "Progress":
+    """Shows how far the work is, on standard error if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+
+def _case(result: "Result") -> dict[str, Any]:
+    """An item as a line of --cases: what was asked, what is right, what came, what the check says."""
+    item, answer = result.item, result.answer
+    return {
+        "level": item.level,
+        "question": list(item.question),
+        "tools": list(item.tools),
+        "reference": item.answer,
+        "answer": answer.text,
+        "reasoning": answer.reasoning,
+        "tool_calls": [asdict(call) for call in answer.tool_calls],
+        **asdict(result.score),
+        "seed": answer.seed,
+        "steps": result.steps,
+        "tokens_per_forward": result.tokens_per_forward,
+        "converged": result.converged,
+        "finish_reason": answer.finish_reason,
+    }
+
+
+def _tell(rows: "list[Row]", title: str, as_markdown: bool) -> None:
+    from dgemma.evals import report
+
+    if as_markdown:
+        print(report.markdown(rows))
+        return
+    from rich.console import Console
+
+    Console().print(report.table(rows, title))
+
+
+def _verdict(judge: str, judged: "Judgement") -> str:
+    left_out = f", {judged.empty} empty ones left out" if judged.empty else ""
+    return (
+        f"judge {judge}: perplexity {judged.perplexity:.2f} a token, {judged.bits_per_byte:.3f} bits a byte, "
+        f"{judged.texts} answers{left_out}"
+    )

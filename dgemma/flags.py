@@ -1,0 +1,63 @@
+"""What commands share: flags made from GenerationConfig, the error of a wrong call. Importing this imports no torch."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from dgemma.checkpoints.source import resolve
+from dgemma.config import GenerationConfig
+
+ALIASES = {"max_new_tokens": ("-n",), "max_denoising_steps": ("--steps",)}
+
+Model = Annotated[str, typer.Argument(help="embedded name, directory or hub id")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: the file's own")]
+
+
+class UsageError(Exception):
+    """What was asked for makes no sense, whatever the model; exit code 2."""
+
+
+def flags_of(options: type, parameter: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator: the command gets a flag for each field of a dataclass that has a help text.
+
+    What was given arrives as a dictionary, in the argument named `parameter`.
+    """
+    known = [f for f in fields(options) if f.type in (int, float, str, bool) and "help" in f.metadata]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def with_flags(**values: Any) -> None:
+            given = {f.name: values.pop(f.name) for f in known}
+            command(**values, **{parameter: {name: value for name, value in given.items() if value is not None}})
+
+        own = [p for p in inspect.signature(command).parameters.values() if p.name != parameter]
+        flags = []
+        for f in known:
+            names = () if f.type is bool else (f"--{f.name.replace('_', '-')}", *ALIASES.get(f.name, ()))
+            option = typer.Option(*names, help=f.metadata["help"], show_default=str(f.default))
+            kind: Any = Annotated[f.type | None, option]  # type: ignore[operator]
+            flags.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+        with_flags.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
+        with_flags.__name__, with_flags.__doc__ = command.__name__, command.__doc__
+        return with_flags
+
+    return decorate
+
+
+config_flags = flags_of(GenerationConfig, "config")
+
+
+def checked(model: str, config: dict[str, Any]) -> Path:
+    """The model's directory, once its own defaults agree with the options given."""
+    directory = resolve(model)
+    own = directory / "generation_config.json"
+    defaults = GenerationConfig.from_file(own) if own.exists() else GenerationConfig()
+    try:
+        defaults.with_options(**config)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return directory

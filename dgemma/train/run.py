@@ -1,0 +1,185 @@
+"""`dgemma train`: from a recipe to a checkpoint or an adapter."""
+
+import dataclasses
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from dgemma import embedded
+from dgemma.checkpoints.adapters import save_adapter
+from dgemma.checkpoints.load import resolve_device
+from dgemma.checkpoints.save import save_model
+from dgemma.checkpoints.source import resolve
+from dgemma.config import GenerationConfig, ModelConfig
+from dgemma.evals import tasks
+from dgemma.evals.measure import measure, summary
+from dgemma.language_model import LanguageModel, load
+from dgemma.model.network import DiffusionGemma
+from dgemma.text.chat import ChatTemplate
+from dgemma.text.tokenizer import Tokenizer
+from dgemma.train.log import RunLog
+from dgemma.train.loop import Run, read_state, train
+from dgemma.train.lora import Lora, add_lora
+from dgemma.train.memory import keep_freed_memory
+from dgemma.train.options import Recipe
+from dgemma.train.sources import levels_of, open_sources
+
+FREE_TO_CHANGE = {"steps", "minutes", "save_every", "eval_every", "eval_items", "micro_batch", "checkpointing"}
+"""Options that a resumed run may have otherwise: they do not change what has been learnt so far."""
+EVAL_SEED = 1 << 20
+
+
+def run(
+    recipe: Recipe, out: Path, device: str = "auto", dtype: str = "auto", tensorboard: bool = False, png: bool = False
+) -> Path:
+    """Trains, or goes on where an earlier run in `out` ended; returns the directory of the result.
+
+    That is out/adapter for LoRA and out/model otherwise, beside state.pt, log.jsonl and curves.png. ValueError for a
+    recipe that does not fit the model, the data or the earlier run; OSError if something cannot be read or written.
+    """
+    if device in ("auto", "cpu"):
+        keep_freed_memory()
+    o = recipe.options
+    state = read_state(out)
+    asked = _asked(recipe)
+    if state:
+        _same(asked, state["recipe"], out)
+    lm, directory = _begin(recipe, device, dtype)
+    weights = _trainable(lm.model, recipe)
+    going = Run(lm.model, o, weights)
+    if state:
+        going.resume(state)
+    with RunLog(out, o.steps, going.step, tensorboard) as log, _stopping() as stopped:
+        bad: list[str] = []
+        mixture = open_sources(
+            recipe.tasks,
+            lm,
+            o.limit,
+            o.seed,
+            lambda file, line: bad.append(f"{file}, line {line.number}: {line.reason}"),
+        )
+        for line in bad[:20]:
+            log.note(line)
+        if bad:
+            log.note(f"{len(bad)} bad lines were left out" + (" (the first 20 are above)" if len(bad) > 20 else ""))
+        evaluate = _evaluation(lm, recipe) if recipe.evaluate else None
+        train(going, mixture, out, log, asked, evaluate, stopped)
+    with going.averaged():
+        result = _export(lm, recipe, directory, out)
+    if png:
+        from dgemma.train.curves import draw
+
+        draw(out)
+    return result
+
+
+def _begin(recipe: Recipe, device: str, dtype: str) -> tuple[LanguageModel, Path]:
+    """The model to start from, and the directory of its tokenizer and template."""
+    if not recipe.scratch:
+        if recipe.config:
+            raise ValueError("config changes the network's sizes, which needs scratch = true")
+        lm = load(recipe.model, device, dtype)
+        return lm, resolve(recipe.model)
+    # What ships without weights, for being trained here, is not yet a model by name.
+    shipped = embedded.HERE / recipe.model
+    directory = shipped if (shipped / "config.json").exists() else resolve(recipe.model)
+    config = ModelConfig.from_file(directory / "config.json")
+    unknown = recipe.config.keys() - {f.name for f in dataclasses.fields(config)}
+    if unknown:
+        raise ValueError(f"config.{min(unknown)} is not a field of the network's config")
+    config = dataclasses.replace(config, **recipe.config, vision=None, dtype="float32")
+    model = DiffusionGemma(config).init_weights(recipe.options.seed).to(resolve_device(device)).eval()
+    options = directory / "generation_config.json"
+    defaults = GenerationConfig.from_file(options) if options.exists() else GenerationConfig()
+    tokenizer, template = Tokenizer.from_directory(directory), ChatTemplate.from_directory(directory)
+    return LanguageModel(recipe.model, model, tokenizer, template, defaults), directory
+
+
+def _trainable(model: DiffusionGemma, recipe: Recipe) -> dict[str, nn.Parameter]:
+    """The parameters that move, by name; all others are frozen."""
+    model.requires_grad_(False)
+    if recipe.lora is not None:
+        values = dict(recipe.lora)
+        if "parts" in values:
+            values["parts"] = tuple(values["parts"])
+        add_lora(model, Lora(**values), recipe.options.seed)
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    kept = ("vision.",) if recipe.options.router or recipe.scratch else ("vision.", "router")
+    chosen = {name: p for name, p in model.named_parameters() if not any(part in name for part in kept)}
+    for parameter in chosen.values():
+        parameter.requires_grad_(True)
+    return chosen
+
+
+def _evaluation(lm: LanguageModel, recipe: Recipe) -> Callable[[], Mapping[str, float]]:
+    """Measures the model on held-out items of each level of the recipe's `evaluate`."""
+    wanted = []
+    for name in recipe.evaluate:
+        task, levels = levels_of(name)
+        for level in levels:
+            held_out = tasks.items(task, recipe.options.eval_items, EVAL_SEED, held_out=True, level=level)
+            wanted.append((task, f"{name.partition(':')[0]} {level}", held_out))
+
+    def evaluate() -> Mapping[str, float]:
+        figures: dict[str, float] = {}
+        with torch.inference_mode():
+            for task, name, held_out in wanted:
+                last = summary(measure(lm, held_out, task))[-1]
+                figures |= {f"exact/{name}": last.exact.share, f"valid/{name}": last.valid.share}
+                figures[f"steps/{name}"] = last.steps
+        return figures
+
+    return evaluate
+
+
+def _export(lm: LanguageModel, recipe: Recipe, directory: Path, out: Path) -> Path:
+    if recipe.lora is not None:
+        save_adapter(lm.model, out / "adapter", recipe.model)
+        return out / "adapter"
+    save_model(lm.model, out / "model", lm.defaults, extras=directory)
+    return out / "model"
+
+
+def _asked(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, for the checkpoint."""
+    values = dataclasses.asdict(recipe)
+    return {**values, "evaluate": list(recipe.evaluate), "lora": recipe.lora and {**recipe.lora}}
+
+
+def _same(asked: dict[str, Any], earlier: dict[str, Any], out: Path) -> None:
+    """ValueError if a run would go on with something that its first part did not have."""
+    flat = lambda r: {k: v for k, v in (r | r["options"]).items() if k not in FREE_TO_CHANGE | {"options", "evaluate"}}  # noqa: E731
+    now, then = flat(asked), flat(earlier)
+    for name in now:
+        if now[name] != then.get(name):
+            raise ValueError(
+                f"{out} holds a run with {name} = {then.get(name)!r}, not {now[name]!r}: "
+                "go on with the same, or choose another --out"
+            )
+
+
+@contextmanager
+def _stopping() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGINT or SIGTERM into a wish to stop after the step; a second one stops at once."""
+    asked: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread
+        before = {}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
