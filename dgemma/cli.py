@@ -15,7 +15,7 @@ from dgemma.bench.cli import app as bench
 from dgemma.checkpoints.source import resolve
 from dgemma.evals.cli import evaluate
 from dgemma.flags import Device, Dtype, Model, UsageError, checked, config_flags
-from dgemma.train.cli import train
+from dgemma.train.cli import teach, train
 
 if TYPE_CHECKING:
     from dgemma.language_model import Generation, LanguageModel
@@ -40,6 +40,7 @@ app = typer.Typer(
 
 app.add_typer(bench, name="bench")
 app.command("train")(train)
+app.command("teach")(teach)
 app.command("eval")(evaluate)
 
 

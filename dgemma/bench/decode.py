@@ -1,6 +1,5 @@
 """`dgemma bench decode`: this project and transformers with the same weights, steps and dtype, in one run."""
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dgemma.bench.harness import Side, Spread, machine
+from dgemma.bench.harness import KEEP_FREED, Side, Spread, cores, machine
 from dgemma.bench.shapes import SHAPES, Shape
 
 DTYPES = {"bf16": "bfloat16", "f32": "float32"}
@@ -17,7 +16,6 @@ STEPS_A_CANVAS = (12, 16, 20)
 """Random weights never converge: tokens a second are told for these many steps, which trained models need."""
 
 OURS, THEIRS, TUNED = "dgemma", "transformers", "transformers, tuned malloc"
-_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 
 
 @dataclass(frozen=True)
@@ -72,11 +70,11 @@ def run(
     Without transformers only this project is measured. Raises ValueError for a value that is not known, OSError if a
     side's process ends.
     """
-    _check(shape, dtype, repeats, threads)
+    check(shape, dtype, repeats, threads)
     from dgemma.checkpoints.load import resolve_device
 
     device = str(resolve_device(device))
-    threads = threads or _cores()
+    threads = threads or cores()
     names = [OURS]
     if util.find_spec("transformers"):
         names += [THEIRS, *([TUNED] if tuned else [])]
@@ -103,7 +101,7 @@ def write_weights(shape: Shape, dtype: str, directory: Path) -> None:
     save_model(model.to(getattr(torch, dtype)), directory, GenerationConfig())
 
 
-def _check(shape: str, dtype: str, repeats: int, threads: int | None) -> None:
+def check(shape: str, dtype: str, repeats: int, threads: int | None) -> None:
     for name, value, known in (("shape", shape, SHAPES), ("dtype", dtype, DTYPES)):
         if value not in known:
             raise ValueError(f"{name} {value!r} is not known; known: {', '.join(known)}")
@@ -112,14 +110,9 @@ def _check(shape: str, dtype: str, repeats: int, threads: int | None) -> None:
             raise ValueError(f"{name} must be at least 1, not {count}")
 
 
-def _cores() -> int:
-    """Cores this process may run on; torch's own default counts the same."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _open(name: str, options: dict[str, Any]) -> Side:
     target = f"dgemma.bench.sides:{'Ours' if name == OURS else 'Transformers'}"
-    return Side(name, target, options, _MALLOC if name == TUNED else None)
+    return Side(name, target, options, KEEP_FREED if name == TUNED else None)
 
 
 def _measure(

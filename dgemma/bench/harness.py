@@ -19,6 +19,14 @@ from statistics import median
 from time import perf_counter
 from typing import Any, Self
 
+KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
+"""The environment of a side whose malloc gives no memory back."""
+
+
+def cores() -> int:
+    """Cores this process may run on; torch's own default counts the same."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 @dataclass(frozen=True)
 class Spread:

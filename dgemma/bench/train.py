@@ -20,8 +20,8 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from dgemma.bench.decode import _MALLOC, DTYPES, OURS, THEIRS, TUNED, _check, _cores, write_weights
-from dgemma.bench.harness import Side, Spread, machine
+from dgemma.bench.decode import DTYPES, OURS, THEIRS, check, write_weights
+from dgemma.bench.harness import KEEP_FREED, Side, Spread, cores, machine
 from dgemma.bench.shapes import SHAPES
 from dgemma.bench.sides import Common
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RATE, CLIP, BETAS = 1.5e-4, 1.0, (0.9, 0.98)
+CACHED, TUNED = f"{THEIRS}, one cache", f"{THEIRS}, one cache, tuned malloc"
 TOLERANCE = 1e-4
 """Relative difference up to which losses and norms of a first step in float32 agree."""
 
@@ -88,18 +89,18 @@ def run(
     Without transformers only this project is measured. Raises ValueError for a value that is not known, OSError if a
     side's process ends.
     """
-    _check(shape, dtype, repeats, threads)
+    check(shape, dtype, repeats, threads)
     for name, count in (("batch", batch), ("canvases", canvases), ("steps", steps)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, not {count}")
     from dgemma.checkpoints.load import resolve_device
 
-    device, threads = str(resolve_device(device)), threads or _cores()
+    device, threads = str(resolve_device(device)), threads or cores()
     options = {"shape": shape, "batch": batch, "canvases": canvases, "causal": causal}
     options |= {"device": device, "threads": threads}
     names = [OURS]
     if util.find_spec("transformers"):
-        names += [THEIRS, *([TUNED] if tuned else [])]
+        names += [THEIRS, CACHED, *([TUNED] if tuned else [])]
     else:
         progress("transformers is not installed: this project is measured alone")
     with TemporaryDirectory(prefix="dgemma-bench-") as directory, ExitStack() as stack:
@@ -127,8 +128,8 @@ def run(
 
 
 def _open(name: str, options: dict[str, Any]) -> Side:
-    target = f"{__name__}:{'Ours' if name == OURS else 'Transformers'}"
-    return Side(name, target, options, _MALLOC if name == TUNED else None)
+    kind = {OURS: Ours, THEIRS: Transformers}.get(name, TransformersCached)
+    return Side(name, f"{__name__}:{kind.__name__}", options, KEEP_FREED if name == TUNED else None)
 
 
 def _close(ours: list[float], theirs: list[float]) -> bool:
@@ -172,7 +173,7 @@ class _Training(Common, ABC):
         return perf_counter() - started
 
     @abstractmethod
-    def _step(self) -> "tuple[Tensor, Tensor]":
+    def _step(self) -> "tuple[Tensor | float, Tensor | float]":
         """Loss and norm."""
 
 
@@ -182,43 +183,34 @@ class Ours(_Training):
     def __init__(self, directory: str, **options: Any):
         super().__init__(**options)
         from dgemma.checkpoints.load import load_model
+        from dgemma.train.loop import Run
         from dgemma.train.memory import keep_freed_memory
         from dgemma.train.objective import Batch
-        from dgemma.train.optim import MuonAdam
+        from dgemma.train.options import TrainOptions
 
         if self.device == "cpu":
             keep_freed_memory()
-        self.model = load_model(directory, self.device)
-        self.weights = dict(_learnt(self.model))
-        self.optimiser = MuonAdam(self.weights, adam_rate=RATE, betas=BETAS)
+        model = load_model(directory, self.device)
+        chosen = TrainOptions(
+            canvases=self.canvases, causal=float(self.causal), learning_rate=RATE, clip=CLIP, warmup=0
+        )
+        self.run = Run(model, chosen, dict(_learnt(model)))
         count, length = self.examples.shape
         owner = [example for example in range(count) for _ in range(self.canvases)]
         answers = [(example, self.prompt, length) for example in range(count)]
         self.batch = Batch(list(self.examples), owner, [self.prompt] * len(owner), self.clean, answers)
 
-    def _step(self) -> "tuple[Tensor, Tensor]":
-        import torch
+    def _step(self) -> tuple[float, float]:
+        from dgemma.train.loop import take_step
 
-        from dgemma.train.objective import diffusion_loss
-
-        diffusion, causal = diffusion_loss(self.model, self.batch, self.drawn, self.causal)
-        loss = diffusion.mean() if causal is None else diffusion.mean() + causal.mean()
-        loss.backward()
-        gradients = {name: weight.grad.float() for name, weight in self.weights.items()}
-        for weight in self.weights.values():
-            weight.grad = None
-        norm = torch.nn.utils.get_total_norm(gradients.values())
-        if norm > CLIP:
-            torch._foreach_mul_(list(gradients.values()), CLIP / float(norm))
-        self.optimiser.step(gradients)
-        return loss.detach(), norm
+        figures = take_step(self.run, self.batch, self.drawn)
+        return figures["loss"] + figures.get("causal", 0.0), figures["norm"]
 
 
 class Transformers(_Training):
     """transformers' modules and torch's fused AdamW, which in bf16 moves the bf16 weights themselves: the lesser work.
 
-    The prompts are encoded once. Both passes read that cache; for M canvases its rows are repeated, which is cheaper
-    than to encode them M times. The answers go through the same causal pass, and are then cropped from the cache.
+    The model is called as its signature offers: with the prompts, repeated for M canvases, and the noised canvases.
     """
 
     def __init__(self, directory: str, **options: Any):
@@ -243,7 +235,44 @@ class Transformers(_Training):
 
     def _loss(self) -> "Tensor":
         import torch
+
+        prompts = self.examples[:, : self.prompt].repeat_interleave(self.canvases, 0)
+        noised, chosen = self.drawn.noised, self.drawn.conditioned.nonzero().flatten()
+        with torch.no_grad():
+            believed = self.model(input_ids=prompts[chosen], decoder_input_ids=noised[chosen]).logits
+        loss = self._diffusion({"input_ids": prompts}, believed, chosen)
+        if self.causal:
+            loss = loss + self._answers(self.model.model.encoder(input_ids=self.examples[:, :-1]).last_hidden_state)
+        return loss
+
+    def _diffusion(self, prefix: dict[str, Any], believed: "Tensor", chosen: "Tensor") -> "Tensor":
+        """Cross-entropy of the second pass, behind prompts or a cache; believed: logits of the chosen canvases."""
         import torch.nn.functional as F
+
+        previous = believed.new_zeros(*self.clean.shape, believed.shape[-1]).index_copy_(0, chosen, believed)
+        conditioning = {"self_conditioning_logits": previous, "self_conditioning_mask": self.drawn.conditioned}
+        logits = self.model(**prefix, decoder_input_ids=self.drawn.noised, **conditioning).logits
+        return F.cross_entropy(logits.flatten(0, 1), self.clean.flatten())
+
+    def _answers(self, states: "Tensor") -> "Tensor":
+        """Cross-entropy of the answers, left to right, from the encoder's states [B, P + C - 1, hidden]."""
+        import torch
+        import torch.nn.functional as F
+
+        cap = self.model.final_logit_softcapping
+        logits = cap * torch.tanh(self.model.lm_head(states[:, self.prompt - 1 :]).float() / cap)
+        return F.cross_entropy(logits.flatten(0, 1), self.examples[:, self.prompt :].flatten())
+
+
+class TransformersCached(Transformers):
+    """The same with the prompts encoded once, as someone who knows the modules well would write it.
+
+    Both passes read one cache, whose rows are repeated for M canvases. The answers go through the same causal pass, and
+    are then cropped from it.
+    """
+
+    def _loss(self) -> "Tensor":
+        import torch
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
@@ -252,28 +281,17 @@ class Transformers(_Training):
             cache.activate_past_recording()
         read = self.examples[:, :-1] if self.causal else self.examples[:, : self.prompt]
         states = self.model.model.encoder(input_ids=read, past_key_values=cache).last_hidden_state
-        causal: Tensor | float = 0.0
         if self.causal:
             cache.crop(self.prompt - read.shape[1])
-            cap = self.model.final_logit_softcapping
-            logits = cap * torch.tanh(self.model.lm_head(states[:, self.prompt - 1 :]).float() / cap)
-            causal = F.cross_entropy(logits.flatten(0, 1), self.examples[:, self.prompt :].flatten())
-        noised, conditioned = self.drawn.noised, self.drawn.conditioned
+        chosen = self.drawn.conditioned.nonzero().flatten()
         with torch.no_grad():
-            chosen = conditioned.nonzero().flatten()
             rows = copy(cache)
             rows.layers = [copy(layer) for layer in cache.layers]
             rows.batch_select_indices(chosen // self.canvases)
-            believed = self.model(decoder_input_ids=noised[chosen], past_key_values=rows).logits
-            previous = believed.new_zeros(*noised.shape, believed.shape[-1]).index_copy_(0, chosen, believed)
+            believed = self.model(decoder_input_ids=self.drawn.noised[chosen], past_key_values=rows).logits
         cache.batch_repeat_interleave(self.canvases)
-        logits = self.model(
-            decoder_input_ids=noised,
-            past_key_values=cache,
-            self_conditioning_logits=previous,
-            self_conditioning_mask=conditioned,
-        ).logits
-        return F.cross_entropy(logits.flatten(0, 1), self.clean.flatten()) + causal
+        loss = self._diffusion({"past_key_values": cache}, believed, chosen)
+        return loss + self._answers(states) if self.causal else loss
 
 
 def _learnt(model: Any) -> "list[tuple[str, Any]]":

@@ -1,11 +1,13 @@
 """`dgemma train`, as a command. Importing this imports no torch."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from dgemma.flags import Device, UsageError, flags_of
+from dgemma.evals import tasks
+from dgemma.flags import Device, Dtype, Model, UsageError, checked, config_flags, flags_of
 from dgemma.train.options import RECIPES, Recipe, TrainOptions
 
 SHIPPED = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
@@ -39,6 +41,32 @@ def train(
 
     result = run(plan, out, device, dtype, tensorboard, png)
     print(result)
+
+
+@config_flags
+def teach(
+    task: Annotated[str, typer.Argument(help=f"one of {', '.join(tasks.NAMES)}, or NAME:LEVEL")],
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the JSONL file to write")],
+    count: Annotated[int, typer.Option(min=1, help="questions to ask")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="of the questions and of all noise")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    *,
+    config: dict[str, Any],
+) -> None:
+    """Write a model's own answers to training questions, those that the task's rule accepts, for `dgemma train`.
+
+    A smaller --entropy-bound and more --steps make a slower, better teacher.
+    """
+    checked(model, config)
+    from dgemma.language_model import load
+    from dgemma.train.sources import levels_of
+    from dgemma.train.teacher import teach as write
+
+    chosen, levels = levels_of(task)
+    tell = lambda asked, kept: print(f"{asked} of {count} asked, {kept} kept", file=sys.stderr)  # noqa: E731
+    write(load(model, device, dtype), chosen, levels, count, out, seed, tell, **config)
 
 
 def _plan(

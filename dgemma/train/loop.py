@@ -138,21 +138,15 @@ def train(
         draws = np.random.SeedSequence([o.seed, run.step]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(draws[0] >> np.uint64(1)))
         drawn = corrupt(batch.clean, run.model.config.vocab_size, generator, o.conditioning, o.infill, o.exponent)
-        gradients, figures = _gradients(run, batch, drawn)
-        norm = float(torch.nn.utils.get_total_norm(gradients.values()))
-        if not math.isfinite(figures["loss"] + norm):
-            raise ValueError(
-                f"step {run.step + 1}: the loss is {figures['loss']:.4g} and the gradient's norm {norm:.4g}; no weight "
-                f"was changed by it. Lower the learning rate; the last checkpoint is in {directory}"
-            )
-        if o.clip and norm > o.clip:
-            torch._foreach_mul_(list(gradients.values()), o.clip / norm)
         factor = run.factor
-        run.optimiser.step(gradients, factor)
+        try:
+            figures = take_step(run, batch, drawn)
+        except ArithmeticError as error:
+            raise ValueError(f"step {run.step + 1}: {error}; the last checkpoint is in {directory}") from None
         run.step += 1
         run.minutes = before + (time.monotonic() - begun) / 60
         _follow(run)
-        log.record(run.step, figures | {"rate": factor, "norm": norm, "canvases": len(batch.clean)})
+        log.record(run.step, figures | {"rate": factor, "canvases": len(batch.clean)})
         if run.done or stopped() or run.step % o.save_every == 0:
             run.save(directory, recipe)
         if evaluate and (run.done or (o.eval_every and run.step % o.eval_every == 0)):
@@ -160,6 +154,24 @@ def train(
                 log.evaluated(run.step, evaluate())
         if stopped() and not run.done:
             raise KeyboardInterrupt
+
+
+def take_step(run: Run, batch: Batch, drawn: Corruption) -> dict[str, float]:
+    """Moves the weights by one batch; its losses, and the norm of its gradient before clipping.
+
+    ArithmeticError, before any weight is touched, if these are no numbers.
+    """
+    gradients, figures = _gradients(run, batch, drawn)
+    norm = float(torch.nn.utils.get_total_norm(gradients.values()))
+    if not math.isfinite(figures["loss"] + norm):
+        raise ArithmeticError(
+            f"the loss is {figures['loss']:.4g} and the gradient's norm {norm:.4g}; no weight was changed by it. "
+            "Lower the learning rate"
+        )
+    if run.options.clip and norm > run.options.clip:
+        torch._foreach_mul_(list(gradients.values()), run.options.clip / norm)
+    run.optimiser.step(gradients, run.factor)
+    return figures | {"norm": norm}
 
 
 def _gradients(run: Run, batch: Batch, drawn: Corruption) -> tuple[dict[str, Tensor], dict[str, float]]:

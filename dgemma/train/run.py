@@ -17,8 +17,8 @@ from dgemma.checkpoints.load import resolve_device
 from dgemma.checkpoints.save import save_model
 from dgemma.checkpoints.source import resolve
 from dgemma.config import GenerationConfig, ModelConfig
-from dgemma.evals import tasks
-from dgemma.evals.measure import measure, summary
+from dgemma.evals import conversations, tasks
+from dgemma.evals.measure import Checker, measure, summary
 from dgemma.language_model import LanguageModel, load
 from dgemma.model.network import DiffusionGemma
 from dgemma.text.chat import ChatTemplate
@@ -118,12 +118,16 @@ def _trainable(model: DiffusionGemma, recipe: Recipe) -> dict[str, nn.Parameter]
 
 
 def _evaluation(lm: LanguageModel, recipe: Recipe) -> Callable[[], Mapping[str, float]]:
-    """Measures the model on held-out items of each level of the recipe's `evaluate`."""
-    wanted = []
+    """Measures the model on what the recipe's `evaluate` names: tasks, by level, on held-out items, and files."""
+    wanted: list[tuple[Checker, str, list[tasks.Item]]] = []
+    count = recipe.options.eval_items
     for name in recipe.evaluate:
+        if name.endswith(".jsonl"):
+            wanted.append((conversations, Path(name).stem, conversations.read_items(name)[:count]))
+            continue
         task, levels = levels_of(name)
         for level in levels:
-            held_out = tasks.items(task, recipe.options.eval_items, EVAL_SEED, held_out=True, level=level)
+            held_out = tasks.items(task, count, EVAL_SEED, held_out=True, level=level)
             wanted.append((task, f"{name.partition(':')[0]} {level}", held_out))
 
     def evaluate() -> Mapping[str, float]:

@@ -90,18 +90,18 @@ def open_sources(
             sources.append(FileSource(stored, seed))
         else:
             task, levels = levels_of(name)
-            if hasattr(task, "pool"):  # what measuring need not wait for
-                task.pool()
             sources.append(TaskSource(task, levels, seed, encode))
     return Mixture(sources, list(weights.values()), seed)
 
 
 def levels_of(name: str) -> tuple[tasks.Task, tuple[str, ...]]:
-    """The task and levels of "NAME" or "NAME:LEVEL"."""
+    """The task and levels of "NAME" or "NAME:LEVEL", ready to train on."""
     name, _, level = name.partition(":")
     task = tasks.get(name)
     if level and level not in task.LEVELS:
         raise ValueError(f"task {name} has no level {level!r}; it has {', '.join(task.LEVELS)}")
+    if hasattr(task, "pool"):  # more to draw from than measuring waits for
+        task.pool()
     return task, (level,) if level else task.LEVELS
 
 

@@ -42,7 +42,7 @@ def options(**changes: object) -> dict:
 def test_both_sides_start_from_the_same_loss_and_gradient():
     pytest.importorskip("transformers", reason="transformers, the other side, is not installed")
     result, _ = bench("--repeats", "1")
-    check_figures(result, ["dgemma", "transformers"])
+    check_figures(result, ["dgemma", "transformers", "transformers, one cache"])
     assert result["agree"] is True
     assert (result["batch"], result["canvases"], result["causal"], result["steps"]) == (2, 2, True, 1)
 
@@ -58,15 +58,17 @@ def test_the_sides_learn_the_same(causal, canvases, tmp_path):
     assert SHAPES["small"].prompt > SHAPES["small"].config.sliding_window
     decode.write_weights(SHAPES["small"], "float32", tmp_path)
     given = options(causal=causal, canvases=canvases)
-    ours, theirs = (kind(str(tmp_path), **given) for kind in (train.Ours, train.Transformers))
-    before = ours.model.layers[0].router.proj.weight.clone()
+    kinds = (train.Ours, train.Transformers, train.TransformersCached)
+    ours, *others = (kind(str(tmp_path), **given) for kind in kinds)
+    before = ours.run.model.layers[0].router.proj.weight.clone()
     losses = []
     for _ in range(3):
         loss, norm = ours.step()
-        assert theirs.step() == pytest.approx((loss, norm), rel=1e-5)
+        for theirs in others:
+            assert theirs.step() == pytest.approx((loss, norm), rel=1e-5)
         losses.append(loss)
     assert losses == sorted(losses, reverse=True)
-    assert torch.equal(ours.model.layers[0].router.proj.weight, before)
+    assert torch.equal(ours.run.model.layers[0].router.proj.weight, before)
 
 
 class Fake:
@@ -92,17 +94,18 @@ def test_turns_are_taken_and_disagreement_is_told(loss, agree, monkeypatch):
     made = {
         decode.OURS: Fake("a", asked, 6.0, 0.5),
         decode.THEIRS: Fake("b", asked, 6.0, 1.0),
-        decode.TUNED: Fake("c", asked, loss, 0.75),
+        train.CACHED: Fake("c", asked, loss, 0.75),
+        train.TUNED: Fake("d", asked, 6.0, 0.5),
     }
     monkeypatch.setattr(train.util, "find_spec", lambda name: name)
     monkeypatch.setattr(train.metadata, "version", lambda name: "1")
     monkeypatch.setattr(train, "_open", lambda name, options: made[name])
     result = train.run("small", batch=4, repeats=2, steps=3, threads=1, tuned=True)
     assert result.agree is agree
-    assert [r.median for r in result.ratios.values()] == [2.0, 1.5]
+    assert [r.median for r in result.ratios.values()] == [2.0, 1.5, 1.0]
     assert result.sides[decode.OURS].examples_per_second == Spread(8.0, 8.0, 8.0)
-    turns = [(side, "step") for side in "abc"] + [(side, "steps") for side in "abc"] * 2
-    assert asked == [*turns, *((side, "peak") for side in "abc"), *((side, "closed") for side in "cba")]
+    turns = [(side, "step") for side in "abcd"] + [(side, "steps") for side in "abcd"] * 2
+    assert asked == [*turns, *((side, "peak") for side in "abcd"), *((side, "closed") for side in "dcba")]
 
 
 def test_both_sides_learn_in_bf16(tmp_path):

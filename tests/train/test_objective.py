@@ -78,11 +78,12 @@ def test_loss_and_gradients_equal_the_references(seed: int) -> None:
     (loss.mean() + causal.mean()).backward()
     (expected.mean() + expected_causal.mean()).backward()
     grads = {released_name(name): p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    total = torch.nn.utils.get_total_norm(grads.values())
     for name, parameter in ours.named_parameters():
         if not name.startswith("vision"):
             grad = grads[stored_name(name)]
             assert grad.norm() > 0
-            assert (parameter.grad - grad).norm() < 1e-5 * grad.norm()
+            assert (parameter.grad - grad).norm() < 1e-5 * grad.norm() + 1e-8 * total, name
 
 
 def test_without_the_causal_loss_nothing_else_changes() -> None:
