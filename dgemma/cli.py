@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 
 from dgemma import embedded
 from dgemma.bench.cli import app as bench
-from dgemma.checkpoints.source import resolve
+from dgemma.checkpoints.source import base_of, resolve
 from dgemma.evals.cli import evaluate
 from dgemma.flags import Device, Dtype, Model, UsageError, checked, config_flags
 from dgemma.train.cli import teach, train
@@ -142,6 +143,23 @@ def chat(
     if system:
         conversation.set_system(system)
     conversation.run()
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="directory or hub id of a LoRA adapter")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the directory to write")],
+    dtype: Dtype = "auto",
+) -> None:
+    """Write an adapter and the model it was made for as one checkpoint in the released format."""
+    from dgemma.checkpoints.save import EXTRAS, save_model
+    from dgemma.language_model import load
+
+    lm, own = load(adapter, "cpu", dtype), resolve(adapter)
+    save_model(lm.model, out, lm.defaults, extras=base_of(own))
+    for name in EXTRAS:
+        if (own / name).is_file():
+            shutil.copyfile(own / name, out / name)
 
 
 @app.command()

@@ -84,7 +84,7 @@ class RunLog:
                     self._writer.close()
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes the figures of training step `step`, which counts from 1. "loss" and "canvases" are always there.
+        """Takes the figures of training step `step`, which counts from 1. "loss" and "examples" are always there.
 
         A figure that a step does not have, such as the loss of a noise level that was not drawn, is left out.
         """
@@ -122,7 +122,7 @@ class RunLog:
     def _write_means(self) -> None:
         means = {name: sum(values) / len(values) for name, values in self._gathered.items() if name != "seconds"}
         seconds = sum(self._gathered["seconds"])
-        means["examples_per_second"] = sum(self._gathered["canvases"]) / max(1e-9, seconds)
+        means["examples_per_second"] = sum(self._gathered["examples"]) / max(1e-9, seconds)
         self._written, self._gathered = self._step, {}  # first, so that an error below is not met again at the end
         self._write(self._step, {"seconds": round(self.clock() - self._begun, 2), **_plain(means)})
         self._chart(self._step, means)
@@ -139,7 +139,7 @@ class RunLog:
 
     def _figures(self) -> list[str]:
         losses = [f"{name} {self._smooth[name]:.3f}" for name in ("loss", "causal") if name in self._smooth]
-        rate = self._smooth["canvases"] / max(1e-9, self._smooth["seconds"])
+        rate = self._smooth["examples"] / max(1e-9, self._smooth["seconds"])
         return [*losses, f"{rate:.{0 if rate >= 10 else 2}f} examples/s"]
 
     def _tell(self) -> None:

@@ -146,7 +146,7 @@ def train(
         run.step += 1
         run.minutes = before + (time.monotonic() - begun) / 60
         _follow(run)
-        log.record(run.step, figures | {"rate": factor, "canvases": len(batch.clean)})
+        log.record(run.step, figures | {"rate": factor, "examples": o.batch})
         if run.done or stopped() or run.step % o.save_every == 0:
             run.save(directory, recipe)
         if evaluate and (run.done or (o.eval_every and run.step % o.eval_every == 0)):

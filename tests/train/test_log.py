@@ -26,7 +26,7 @@ class Terminal(io.StringIO):
 
 
 def _step(loss: float, **more: float) -> dict[str, float]:
-    return {"loss": loss, "rate": 1.0, "norm": 0.5, "canvases": 8, **more}
+    return {"loss": loss, "rate": 1.0, "norm": 0.5, "examples": 8, **more}
 
 
 def _run(directory: Path, first: int, last: int, loss: float, every: int = 2, **options: Any) -> None:
@@ -42,7 +42,7 @@ def test_a_line_has_the_means_of_its_steps(tmp_path: Path):
             clock.now += 2
             log.record(step, values)
     first, second = read_entries(log.file)
-    common = {"rate": 1.0, "norm": 0.5, "canvases": 8.0, "examples_per_second": 4.0}
+    common = {"rate": 1.0, "norm": 0.5, "examples": 8.0, "examples_per_second": 4.0}
     assert first == {"step": 2, "seconds": 4.0, "loss": 3.0, "causal": 1.0, **common}
     assert second == {"step": 4, "seconds": 8.0, "loss": 1.5, "level/0": 3.0, **common}
 

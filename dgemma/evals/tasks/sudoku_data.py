@@ -6,7 +6,7 @@ make 1.2e12 puzzles of each.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,18 +33,6 @@ class Bases:
 
     def __getitem__(self, index: slice | np.ndarray) -> "Bases":
         return Bases(self.solution[index], self.removal[index])
-
-
-def make_bases(count: int, seed: int) -> Bases:
-    """`count` random grids with removal orders, about 20 a second."""
-    rng = random.Random(seed)
-    made = [_make_base(rng) for _ in range(count)]
-    return Bases(np.array([m[0] for m in made], np.uint8), np.array([m[1] for m in made], np.uint8))
-
-
-def _make_base(rng: random.Random) -> tuple[Sequence[int], list[int]]:
-    solution = next(solutions([0] * 81, rng))
-    return solution, removal_order(solution, rng)
 
 
 def removal_order(solution: Sequence[int], rng: random.Random) -> list[int]:
@@ -117,12 +105,3 @@ def _lines(n: int, rng: np.random.Generator) -> np.ndarray:
     bands = rng.random((n, 3)).argsort(1)
     within = rng.random((n, 3, 3)).argsort(2)
     return (bands[:, :, None] * 3 + within).reshape(n, 9)
-
-
-def draw(bases: Bases, batch: int, givens: tuple[int, int], seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of (puzzle, solution) without end; givens uniform in the range, or the fewest that a base allows."""
-    rng = np.random.default_rng(seed)
-    while True:
-        chosen = bases[rng.integers(len(bases), size=batch)]
-        wanted = rng.integers(givens[0], givens[1] + 1, size=batch)
-        yield puzzles(chosen, np.maximum(wanted, chosen.fewest), rng)
