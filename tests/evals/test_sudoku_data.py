@@ -69,8 +69,9 @@ def test_every_form_of_a_puzzle_has_one_solution(bases: Bases, givens: int) -> N
 def test_the_independent_solver_finds_second_solutions(bases: Bases) -> None:
     """Without the clues of two digits these can change places."""
     solved = bases.solution[0].tolist()
-    first, second = exact_covers([0 if digit in (1, 2) else digit for digit in solved])
-    assert sorted((first, second)) == sorted([solved, [{1: 2, 2: 1}.get(digit, digit) for digit in solved]])
+    found = exact_covers([0 if digit in (1, 2) else digit for digit in solved], most=1000)
+    assert solved in found
+    assert [{1: 2, 2: 1}.get(digit, digit) for digit in solved] in found
 
 
 def test_fingerprints_survive_symmetries_and_tell_grids_apart(bases: Bases) -> None:
