@@ -258,6 +258,7 @@ class GenerationConfig:
     t_max: float = field(default=0.8, metadata={"help": "temperature of the first step"})
     stability_threshold: int = field(default=1, metadata={"help": "earlier steps with the same best canvas to stop"})
     confidence_threshold: float = field(default=0.005, metadata={"help": "mean entropy in nats below which to stop"})
+    greedy: bool = field(default=False, metadata={"help": "accept the likeliest tokens instead of drawn ones"})
     eos_token_id: tuple[int, ...] = field(default=(1,), metadata={"help": "tokens that end the text"})
     pad_token_id: int = 0
 
@@ -302,7 +303,8 @@ class GenerationConfig:
         return cls(**{name: value for name, value in merged.items() if name in names and value is not None})
 
     def to_dict(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "entropy_bound"}
+        left_out = {"entropy_bound"} if self.greedy else {"entropy_bound", "greedy"}  # the release knows no greedy
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         return values | {
             "eos_token_id": list(self.eos_token_id),
             "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": self.entropy_bound},

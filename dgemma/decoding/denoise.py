@@ -70,7 +70,8 @@ def denoise_step(model: DiffusionGemma, cache: Cache, canvases: Sequence[Canvas]
     bounds = torch.tensor([c.options.entropy_bound for c in canvases], device=device)
     accepted = sampler.accept(read.entropy, bounds)
     fresh = stacked([c.noise.renoise(c.block, n) for c, n in zip(canvases, steps, strict=True)], device)
-    tokens = torch.where(accepted, read.proposal, fresh)
+    greedy = torch.tensor([c.options.greedy for c in canvases], device=device)
+    tokens = torch.where(accepted, torch.where(greedy[:, None], read.best, read.proposal), fresh)
 
     best, means = read.best.cpu(), read.entropy.mean(-1).tolist()
     seconds = (perf_counter() - started) / len(canvases)

@@ -165,3 +165,14 @@ def test_wrong_requests_are_named():
         run(prompt(3), cache=model().new_cache(2))
     last = run(prompt(120 - 2 * C), max_new_tokens=3 * C, max_denoising_steps=1, eos_token_id=NEVER)[-1]
     assert len(last.tokens) == 3 * C
+
+
+def test_greedy_rows_accept_the_best_and_leave_their_neighbours_alone():
+    drawn = [e for e in run(prompt(5), prompt(6, 1), t_max=2.0) if isinstance(e, Step)]
+    greedy = [e for e in run(prompt(5), prompt(6, 1), t_max=2.0, greedy=True) if isinstance(e, Step)]
+    assert all(torch.equal(e.canvas[e.accepted], e.best[e.accepted]) for e in greedy)
+    assert not all(torch.equal(e.canvas[e.accepted], e.best[e.accepted]) for e in drawn)
+    requests = [Request(prompt(5), replace(OPTIONS, greedy=g), noises(0, 1)[0]) for g in (False, True)]
+    mixed = [e for e in blocks.generate(model(), requests) if isinstance(e, Step) and e.row == 0]
+    alone = [e for e in run(prompt(5)) if isinstance(e, Step)]
+    assert [e.canvas.tolist() for e in mixed] == [e.canvas.tolist() for e in alone]
