@@ -187,7 +187,7 @@ class Scheduler:
                 self._encoded(job, seconds)
 
     def _chunk(self, job: Job, room: int) -> int:
-        """Tokens of a prompt for one step: to a page's end, at least one page, and no page dropped before it is kept."""
+        """Tokens of a prompt for one step: to a page's end, at least one page, and none dropped before it is kept."""
         page, window = self.model.config.canvas_length, self.model.config.prefix_window
         most = max(1, min(room, window) // page) * page
         return most - job.row.length % page

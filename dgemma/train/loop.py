@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from dgemma.model.network import DiffusionGemma
+from dgemma.train.data import Example
 from dgemma.train.log import RunLog
 from dgemma.train.memory import checkpoint_layers
 from dgemma.train.objective import Batch, Corruption, corrupt, diffusion_loss
 from dgemma.train.optim import MuonAdam
 from dgemma.train.options import TrainOptions
 from dgemma.train.rollout import roll_out
-from dgemma.train.sources import Mixture, assemble
+from dgemma.train.sources import Mixture, assemble, batches
 
 STATE = "state.pt"
 FLOOR = 0.05
@@ -130,30 +131,37 @@ def train(
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
     """Takes a run to its end, or until it is `stopped`. Leaves checkpoints in `directory`, with `recipe` in them."""
-    o, fill = run.options, run.model.config.eos_token_id[0]
+    o = run.options
     begun, before = time.monotonic(), run.minutes
-    while not run.done:
-        found = mixture.batch(run.step, o.batch)
-        batch = assemble(found, o.canvases, run.model.config.canvas_length, fill, random.Random(f"{o.seed}/{run.step}"))
-        draws = np.random.SeedSequence([o.seed, run.step]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(draws[0] >> np.uint64(1)))
-        drawn = corrupt(batch.clean, run.model.config.vocab_size, generator, o.conditioning, o.infill, o.exponent)
-        factor = run.factor
-        try:
-            figures = take_step(run, batch, drawn)
-        except ArithmeticError as error:
-            raise ValueError(f"step {run.step + 1}: {error}; the last checkpoint is in {directory}") from None
-        run.step += 1
-        run.minutes = before + (time.monotonic() - begun) / 60
-        _follow(run)
-        log.record(run.step, figures | {"rate": factor, "examples": o.batch})
-        if run.done or stopped() or run.step % o.save_every == 0:
-            run.save(directory, recipe)
-        if evaluate and (run.done or (o.eval_every and run.step % o.eval_every == 0)):
-            with run.averaged():
-                log.evaluated(run.step, evaluate())
-        if stopped() and not run.done:
-            raise KeyboardInterrupt
+    with batches(mixture, run.step, o.batch, o.workers) as source:
+        while not run.done:
+            batch, drawn = _draw(run, next(source))
+            factor = run.factor
+            try:
+                figures = take_step(run, batch, drawn)
+            except ArithmeticError as error:
+                raise ValueError(f"step {run.step + 1}: {error}; the last checkpoint is in {directory}") from None
+            run.step += 1
+            run.minutes = before + (time.monotonic() - begun) / 60
+            _follow(run)
+            log.record(run.step, figures | {"rate": factor, "examples": o.batch})
+            if run.done or stopped() or run.step % o.save_every == 0:
+                run.save(directory, recipe)
+            if evaluate and (run.done or (o.eval_every and run.step % o.eval_every == 0)):
+                with run.averaged():
+                    log.evaluated(run.step, evaluate())
+            if stopped() and not run.done:
+                raise KeyboardInterrupt
+
+
+def _draw(run: Run, found: list[Example]) -> tuple[Batch, Corruption]:
+    """The canvases of a step and their noise, drawn from the seed and the step's number."""
+    o, config = run.options, run.model.config
+    rng = random.Random(f"{o.seed}/{run.step}")
+    batch = assemble(found, o.canvases, config.canvas_length, config.eos_token_id[0], rng)
+    draws = np.random.SeedSequence([o.seed, run.step]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(draws[0] >> np.uint64(1)))
+    return batch, corrupt(batch.clean, config.vocab_size, generator, o.conditioning, o.infill, o.exponent)
 
 
 def take_step(run: Run, batch: Batch, drawn: Corruption) -> dict[str, float]:

@@ -37,6 +37,7 @@ class TrainOptions:
     leave_one_out: bool = option(False, "leave-one-out cross-entropy")
     router: bool = option(False, "train the router too; with scratch it always is")
     checkpointing: bool = option(False, "recompute activations instead of keeping them")
+    workers: int = option(0, "processes that prepare batches; 0: none but the trainer")
     seed: int = option(0, "of data order and noise", most=2**63 - 1)
     save_every: int = option(200, "steps between checkpoints", least=1)
     eval_every: int = option(0, "steps between evaluations; 0: only at the end")

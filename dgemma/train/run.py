@@ -30,7 +30,16 @@ from dgemma.train.memory import keep_freed_memory
 from dgemma.train.options import Recipe
 from dgemma.train.sources import levels_of, open_sources
 
-FREE_TO_CHANGE = {"steps", "minutes", "save_every", "eval_every", "eval_items", "micro_batch", "checkpointing"}
+FREE_TO_CHANGE = {
+    "steps",
+    "minutes",
+    "save_every",
+    "eval_every",
+    "eval_items",
+    "micro_batch",
+    "checkpointing",
+    "workers",
+}
 """Options that a resumed run may have otherwise: they do not change what has been learnt so far."""
 EVAL_SEED = 1 << 20
 
@@ -93,7 +102,10 @@ def _begin(recipe: Recipe, device: str, dtype: str) -> tuple[LanguageModel, Path
     unknown = recipe.config.keys() - {f.name for f in dataclasses.fields(config)}
     if unknown:
         raise ValueError(f"config.{min(unknown)} is not a field of the network's config")
-    config = dataclasses.replace(config, **recipe.config, vision=None, dtype="float32")
+    changes: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in recipe.config.items()
+    }
+    config = dataclasses.replace(config, **changes, vision=None, dtype="float32")
     model = DiffusionGemma(config).init_weights(recipe.options.seed).to(resolve_device(device)).eval()
     options = directory / "generation_config.json"
     defaults = GenerationConfig.from_file(options) if options.exists() else GenerationConfig()

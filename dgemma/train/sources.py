@@ -1,8 +1,14 @@
 """Where a run's examples come from: each batch is a function of (seed, step), so that a resumed run sees the same."""
 
+import itertools
 import random
-from collections.abc import Callable, Mapping
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Protocol
 
@@ -66,6 +72,41 @@ class Mixture:
         """The examples of a step, counted from 0."""
         chosen = random.Random(f"{self.seed}/mix/{step}").choices(range(len(self.sources)), self.weights, k=size)
         return [self.sources[source](step * size + place) for place, source in enumerate(chosen)]
+
+
+@contextmanager
+def batches(mixture: Mixture, first: int, size: int, workers: int = 0) -> Iterator[Iterator[list[Example]]]:
+    """The batches of steps `first`, `first` + 1 …, made ahead by so many processes; by this one if there are none."""
+    if not workers:
+        yield (mixture.batch(step, size) for step in itertools.count(first))
+        return
+    # Forked, since templates cannot be sent to another process; nothing in there touches a device.
+    with ProcessPoolExecutor(workers, get_context("fork"), _inherit, (mixture,)) as pool:
+
+        def ahead() -> Iterator[list[Example]]:
+            steps = itertools.count(first)
+            coming = deque(pool.submit(_batch, next(steps), size) for _ in range(2 * workers))
+            while True:
+                coming.append(pool.submit(_batch, next(steps), size))
+                yield coming.popleft().result()
+
+        try:
+            yield ahead()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _inherit(mixture: Mixture) -> None:
+    global _mixture
+    _mixture = mixture
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer's to handle, who ends its workers
+
+
+def _batch(step: int, size: int) -> list[Example]:
+    return _mixture.batch(step, size)
+
+
+_mixture: Mixture
 
 
 def open_sources(
