@@ -17,11 +17,11 @@ from dgemma.decoding import blocks
 from dgemma.decoding.events import Event, Finished
 from dgemma.decoding.noise import Noise
 from dgemma.model.cache import Cache
+from dgemma.model.lora import merge_lora
 from dgemma.model.network import DiffusionGemma
 from dgemma.text.chat import ChatTemplate
 from dgemma.text.output import ToolCall, parse
 from dgemma.text.tokenizer import Tokenizer
-from dgemma.train.lora import merge_lora
 
 Message = dict[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]

@@ -19,8 +19,8 @@ from dgemma.checkpoints.names import released_name, stored_name
 from dgemma.checkpoints.save import replacing, write_json, write_tensors
 from dgemma.checkpoints.source import ADAPTER
 from dgemma.config import read_json
+from dgemma.model.lora import PARTS, adapt, adapter_state, pairs, require_plain, shapes
 from dgemma.model.network import DiffusionGemma
-from dgemma.train.lora import PARTS, adapt, adapter_state, pairs, require_plain, shapes
 
 WEIGHTS = "adapter_model.safetensors"
 # Of two adapted parameters of one module, PEFT wraps the second around the first.

@@ -29,8 +29,8 @@ from dgemma import embedded
 from dgemma.checkpoints.adapters import load_adapter, save_adapter
 from dgemma.checkpoints.save import save_model
 from dgemma.config import GenerationConfig
+from dgemma.model.lora import PARTS, Lora, adapter_state, add_lora, merge_lora
 from dgemma.model.network import DiffusionGemma
-from dgemma.train.lora import PARTS, Lora, adapter_state, add_lora, merge_lora
 
 SEEDS = range(6)
 LIMIT = 1e-4

@@ -12,8 +12,8 @@ from parity.reference import distance, our_logits, random_config, randomise, tok
 from torch import Tensor
 
 from dgemma.config import FULL, SLIDING, VisionConfig
+from dgemma.model.lora import Lora, adapter_state, add_lora, merge_lora
 from dgemma.model.network import DiffusionGemma
-from dgemma.train.lora import Lora, adapter_state, add_lora, merge_lora
 
 ALL = Lora(rank=3, alpha=5.0, parts=("attention", "mlp", "experts", "self_conditioning", "router"))
 SEEDS = range(6)
