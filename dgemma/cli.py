@@ -16,12 +16,15 @@ from dgemma.bench.cli import app as bench
 from dgemma.checkpoints.source import base_of, resolve
 from dgemma.evals.cli import evaluate
 from dgemma.flags import Device, Dtype, Model, UsageError, checked, config_flags
+from dgemma.serve.cli import serve
 from dgemma.train.cli import teach, train
 
 if TYPE_CHECKING:
     from dgemma.language_model import Generation, LanguageModel
 
 OF_BOTH_MODES = {"max_new_tokens"}
+PACE = 0.15
+"""Seconds that a replayed step stays."""
 
 Seed = Annotated[int | None, typer.Option(help="of all random draws", show_default="0")]
 System = Annotated[str | None, typer.Option(help="system message")]
@@ -43,6 +46,7 @@ app.add_typer(bench, name="bench")
 app.command("train")(train)
 app.command("teach")(teach)
 app.command("eval")(evaluate)
+app.command("serve")(serve)
 
 
 @app.callback(invoke_without_command=True)
@@ -62,6 +66,7 @@ def run(
     visual: Visual = False,
     pace: Annotated[float | None, typer.Option(help="seconds that --visual shows each step, at least")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the result with its telemetry as JSON")] = False,
+    trace: Annotated[Path | None, typer.Option(help="record each step here, for `dgemma trace`")] = None,
     seed: Seed = None,
     autoregressive: Autoregressive = False,
     temperature: Temperature = None,
@@ -75,6 +80,7 @@ def run(
         raise UsageError("--json and --visual exclude each other")
     if pace is not None and not (visual and 0 <= pace <= 60):
         raise UsageError("--pace takes 0 to 60 seconds" if visual else "--pace has no effect without --visual")
+    _check_folders(trace)
     options = _options(config, seed, visual, autoregressive, temperature)
     text = _prompt(prompt)
     directory = checked(model, config)
@@ -87,7 +93,12 @@ def run(
 
     lm = _load(model, directory, device, dtype, think)
     messages = [{"role": "system", "content": system}] if system else []
-    events = lm.stream([*messages, {"role": "user", "content": text}] if system else text, think=think, **options)
+    asked = [*messages, {"role": "user", "content": text}] if system else text
+    events = lm.stream(asked, think=think, **options)
+    if trace:
+        from dgemma.terminal.replay import recorded
+
+        events = recorded(events, trace, lm, lm.tokens(asked, think=think), options)
     if as_json:
         *_, finished = events
     else:
@@ -145,6 +156,43 @@ def chat(
     conversation.run()
 
 
+@app.command("trace")
+def show_trace(
+    file: Annotated[Path, typer.Argument(help="what `dgemma run --trace` has written")],
+    pace: Annotated[float | None, typer.Option(help="seconds a step", show_default=str(PACE))] = None,
+    row: Annotated[int | None, typer.Option(help="of a trace of several requests", show_default="its first")] = None,
+    html: Annotated[Path | None, typer.Option(help="write a page to step through")] = None,
+    svg: Annotated[Path | None, typer.Option(help="write a moving picture")] = None,
+    gif: Annotated[Path | None, typer.Option(help="write a moving picture; needs pillow")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the events, a JSON object a line")] = False,
+) -> None:
+    """Show a recorded generation again, without its model: here, or as a page or picture."""
+    if as_json and (html or svg or gif or pace is not None):
+        raise UsageError("--json goes with --row alone")
+    if pace is not None and not 0 <= pace <= 60:
+        raise UsageError("--pace takes 0 to 60 seconds")
+    _check_folders(html, svg, gif)
+    from dgemma.decoding.trace import read, to_json
+    from dgemma.terminal import export, replay
+    from dgemma.terminal.screen import note
+
+    trace, seconds = read(file), PACE if pace is None else pace
+    shown = replay.recording(trace, row)
+    if as_json:
+        for event in trace.events if row is None else (event for event in trace.events if event.row == row):
+            print(json.dumps(to_json(event)))
+    if html:
+        html.write_text(export.page(shown, seconds), "utf-8")
+    if svg:
+        svg.write_text(export.film(shown.header.model, export.panels(shown), seconds), "utf-8")
+    if gif:
+        export.write_gif(gif, export.panels(shown), seconds)
+    if not (as_json or html or svg or gif):
+        replay.replay(shown, seconds)
+    if trace.problem:
+        note(trace.problem)
+
+
 @app.command()
 def merge(
     adapter: Annotated[str, typer.Argument(help="directory or hub id of a LoRA adapter")],
@@ -189,6 +237,12 @@ def _options(
             raise UsageError("--seed has no effect with --autoregressive at --temperature 0")
     mode = {"autoregressive": True, "temperature": temperature or 0.0} if autoregressive else {}
     return {**config, "seed": seed or 0, **mode}
+
+
+def _check_folders(*files: Path | None) -> None:
+    for file in files:
+        if file and not file.absolute().parent.is_dir():
+            raise UsageError(f"there is no folder {file.parent} to write {file.name} to")
 
 
 def _prompt(given: str | None) -> str:

@@ -13,6 +13,7 @@ import torch
 
 import dgemma
 from dgemma import embedded
+from dgemma.cli import merge
 from dgemma.train.options import RECIPES, Recipe, TrainOptions
 from dgemma.train.run import run
 
@@ -75,6 +76,11 @@ def test_a_file_makes_an_adapter_that_loads(base: Path, data: Path, tmp_path: Pa
     assert any("experts" in name for name in moved)
     assert not any("router" in name or "embed" in name or "norm" in name for name in moved)
 
+    merge(str(out / "adapter"), tmp_path / "merged")
+    merged = dgemma.load(tmp_path / "merged", "cpu")
+    assert all(torch.equal(tensor, lm.model.state_dict()[name]) for name, tensor in merged.model.state_dict().items())
+    assert merged.render([{"role": "user", "content": "Hi"}]) == lm.render([{"role": "user", "content": "Hi"}])
+
 
 def test_all_weights_but_the_routers_are_trained(base: Path, data: Path, tmp_path: Path) -> None:
     recipe = Recipe(str(base), {str(data): 1.0}, options=TrainOptions(steps=2, learning_rate=0.01))
@@ -127,6 +133,16 @@ def test_sigint_saves_and_the_same_command_goes_on(base: Path, data: Path, tmp_p
     done = command(*call, "--steps", str(reached + 5))
     assert done.returncode == 0, done.stderr
     assert torch.load(out / "state.pt", weights_only=True)["step"] == reached + 5
+
+
+def test_a_file_is_evaluated_too(base: Path, data: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text(json.dumps({"prompt": "Say 99.", "response": "99 it is."}) + "\n")
+    recipe = Recipe(str(base), {str(data): 1.0}, (str(held_out),), options=TrainOptions(steps=1, batch=2))
+    run(recipe, tmp_path / "run", "cpu")
+    entries = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    (figures,) = [entry["eval"] for entry in entries if "eval" in entry]
+    assert set(figures) == {"exact/held-out", "valid/held-out", "steps/held-out"}
 
 
 def test_an_earlier_run_with_other_options_is_not_continued(base: Path, data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""The model behind the server, from loading to closing."""
+
+import asyncio
+from dataclasses import asdict
+from hashlib import blake2b
+from importlib.metadata import version
+from pathlib import PurePath
+from typing import Any, Literal
+
+from dgemma import config
+from dgemma.engine.engine import Engine
+from dgemma.engine.scheduler import Limits
+from dgemma.language_model import LanguageModel
+from dgemma.serve.accounting import InWork
+from dgemma.serve.errors import ApiError, closing
+from dgemma.serve.metrics import Metrics
+
+
+class Service:
+    """One model under one name. `status` is "loading" until `open`, and "closing" once no new request is taken."""
+
+    def __init__(self, name: str, limits: Limits, time_limit: float):
+        self.name, self.limits, self.time_limit = name, limits, time_limit
+        self.names = {name, PurePath(name).name, "default"}
+        self.status: Literal["loading", "ok", "closing"] = "loading"
+        self.metrics, self.in_work = Metrics(), InWork()
+        self.aside = asyncio.Semaphore(1)
+        """For what holds pages beside the engine's: the autoregressive mode, log-probabilities. One at a time."""
+        self.fingerprint = ""
+        self._opened: tuple[LanguageModel, Engine] | None = None
+
+    def open(self, lm: LanguageModel) -> None:
+        """Begins to serve a model; any thread may call it."""
+        engine = Engine(lm.model, self.limits)
+        self.metrics.watch(engine.scheduler)
+        described = f"{version('dgemma')} {self.name} {lm.model.dtype} {lm.model.device}"
+        self.fingerprint = f"fp_{blake2b(described.encode(), digest_size=6).hexdigest()}"
+        self._opened = lm, engine
+        if self.status == "loading":
+            self.status = "ok"
+
+    def close(self) -> None:
+        """Cancels what is in work."""
+        self.status = "closing"
+        if self._opened:
+            self.engine.close(drain=False)
+
+    @property
+    def lm(self) -> LanguageModel:
+        return self._model()[0]
+
+    @property
+    def engine(self) -> Engine:
+        return self._model()[1]
+
+    def check(self, name: str) -> None:
+        """ApiError unless a request for this model can be taken now."""
+        if self.status == "closing":
+            raise closing()
+        self._model()
+        if name not in self.names:
+            raise ApiError(404, f"the model {name!r} is not served here; {self.name!r} is", "model", "model_not_found")
+
+    @property
+    def thinks(self) -> bool:
+        return self._template_knows("enable_thinking")
+
+    @property
+    def takes_tools(self) -> bool:
+        return self._template_knows("tools")
+
+    def describe(self) -> dict[str, Any]:
+        """What the model can do and does by default."""
+        sizes: config.ModelConfig = self.lm.model.config
+        return {
+            "canvas_length": sizes.canvas_length,
+            "max_position_embeddings": sizes.max_position_embeddings,
+            "defaults": asdict(self.lm.defaults),
+            "thinking": self.thinks,
+            "tools": self.takes_tools,
+            # A model made for one task takes one question at a time.
+            "conversation": self.lm.task is None,
+        }
+
+    def _template_knows(self, variable: str) -> bool:
+        return self.lm.template is not None and variable in self.lm.template.source
+
+    def _model(self) -> tuple[LanguageModel, Engine]:
+        if self._opened is None:
+            raise ApiError(503, "the model is being loaded; try again later", code="loading")
+        return self._opened
