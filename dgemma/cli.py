@@ -121,13 +121,18 @@ def run(
 @app.command()
 @config_flags
 def chat(
-    model: Model = "sudoku",
+    model: Annotated[
+        str | None,
+        typer.Argument(help="as for run; with --url a name there", show_default="sudoku, or the first there"),
+    ] = None,
     system: System = None,
     think: Think = False,
     visual: Visual = False,
     seed: Seed = None,
     autoregressive: Autoregressive = False,
     temperature: Temperature = None,
+    url: Annotated[str | None, typer.Option(help="of a server to talk with, instead of loading a model")] = None,
+    api_key: Annotated[str | None, typer.Option(help="for --url", show_default="DGEMMA_API_KEY")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     *,
@@ -135,6 +140,17 @@ def chat(
 ) -> None:
     """Talk with a model over several turns; /help lists the commands."""
     options = _options(config, seed, visual, autoregressive, temperature)
+    if url is not None:
+        for name, value in (("device", device), ("dtype", dtype)):
+            if value != "auto":
+                raise UsageError(f"--{name} has no effect with --url")
+        from dgemma.terminal.remote import converse
+
+        converse(url, api_key, model, system, think, visual, options)
+        return
+    if api_key is not None:
+        raise UsageError("--api-key has no effect without --url")
+    model = model or "sudoku"
     lm = _load(model, checked(model, config), device, dtype, think)
     from dgemma.terminal.chat import Conversation
     from dgemma.terminal.screen import Screen

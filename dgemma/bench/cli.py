@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from dgemma.bench import decode as decoding
+from dgemma.bench import serve as serving
 from dgemma.bench import train as training
 from dgemma.bench.harness import Spread
 from dgemma.bench.shapes import SHAPES
@@ -26,7 +27,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Tuned = Annotated[bool, typer.Option("--tuned", help="also transformers with a tuned malloc")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
-Result = TypeVar("Result", decoding.Result, training.Result)
+Result = TypeVar("Result", decoding.Result, training.Result, serving.Result)
 
 
 @app.command()
@@ -65,6 +66,31 @@ def train(
     _report(run, show_training, as_json)
 
 
+@app.command()
+def serve(
+    shape: Annotated[
+        str | None, typer.Option(help=f"random weights: {', '.join(SHAPES)}", show_default="train")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="weights of a model instead: a name, directory or hub id")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of --shape: bf16 or f32", show_default="f32")] = None,
+    requests: Annotated[int, typer.Option(help="answers that each client asks for")] = 2,
+    concurrency: Annotated[str, typer.Option(help="clients at once, with commas")] = "1,4,16,64",
+    repeats: Repeats = 5,
+    threads: Threads = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Serve many clients, beside the engine without HTTP and transformers one at a time: same weights, same steps."""
+    numbers = concurrency.split(",")
+    if not all(number.strip().isdecimal() for number in numbers):
+        raise typer.BadParameter(f"--concurrency takes numbers with commas, such as 1,4, not {concurrency!r}")
+    levels = [int(number) for number in numbers]
+    run = lambda: serving.run(  # noqa: E731
+        shape, model, dtype, requests, levels, repeats, threads, device, progress=_tell
+    )
+    _report(run, show_serving, as_json)
+
+
 def show(result: decoding.Result) -> None:
     """A table: medians, and the least and most of the repeats."""
     told = f"{result.shape}, {result.dtype}, {result.threads} threads, {result.repeats} repeats"
@@ -96,6 +122,35 @@ def show_training(result: training.Result) -> None:
     console = _finish(table, result)
     if result.agree is not None:
         console.print(f"first steps agree: {'yes' if result.agree else 'no'}")
+
+
+def show_serving(result: serving.Result) -> None:
+    """The same for serving, a row for each number of clients."""
+    from rich.console import Console
+    from rich.table import Table
+
+    told = f"{result.model}, {result.dtype}, {result.device}, {result.threads} threads, {result.repeats} repeats"
+    work = f"{result.requests} answers a client of {result.blocks} canvases, {result.steps} steps each"
+    table = Table(title=f"serve: {told}\n{work}")
+    table.add_column("clients", no_wrap=True)
+    for name in ("first block, ms", "tokens/s", "p50, ms", "p99, ms", "fairness", "HTTP adds", "times theirs"):
+        table.add_column(name, justify="right")
+    rows = [
+        *((f"{n}", level, result.overhead[n], (result.gain or {}).get(n)) for n, level in result.served.items()),
+        *((f"{n}, no HTTP", level, None, None) for n, level in result.engine.items()),
+        *([(f"1, {decoding.THEIRS}", result.transformers, None, None)] if result.transformers else []),
+    ]
+    for name, level, overhead, gain in rows:
+        first, p50, p99 = (f"{1e3 * spread.median:.1f}" for spread in (level.first_block, level.p50, level.p99))
+        rate, fairness = f"{level.tokens_per_second.median:.0f}", f"{level.fairness.median:.3f}"
+        share = f"{overhead.median:.1%}" if overhead else ""
+        table.add_row(name, first, rate, p50, p99, fairness, share, f"{gain.median:.2f}" if gain else "")
+    console = Console()
+    console.print(table)
+    if shared := result.shared_prefix:
+        cold, warm = _spread(shared.cold, 1e3), _spread(shared.warm, 1e3)
+        console.print(f"first block behind a prefix of {shared.tokens} tokens, ms: new {cold}, known {warm}")
+    console.print(_measured_on(result))
 
 
 def _tell(line: str) -> None:
@@ -136,9 +191,13 @@ def _finish(table: "Table", result: decoding.Result | training.Result) -> "Conso
         table.add_row("step, times dgemma's", "1", *ratios)
     console = Console()
     console.print(table)
-    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
-    console.print(f"{result.machine}; {versions}")
+    console.print(_measured_on(result))
     return console
+
+
+def _measured_on(result: decoding.Result | training.Result | serving.Result) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    return f"{result.machine}; {versions}"
 
 
 def _spread(value: Spread, scale: float = 1) -> str:

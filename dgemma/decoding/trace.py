@@ -6,8 +6,8 @@ Of text it knows nothing: how a token reads is what the caller says, kept beside
 import json
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, get_args, get_origin
 
@@ -20,6 +20,8 @@ from dgemma.decoding.events import Block, Event, Finished, Prefilled, Step
 FORMAT, VERSION = "dgemma-trace", 1
 EVENTS: dict[str, type[Event]] = {"prefilled": Prefilled, "step": Step, "block": Block, "finished": Finished}
 NAMES = {kind: name for name, kind in EVENTS.items()}
+OF_REQUEST = ("options", "seed", "prompt_tokens")
+"""Fields of the header that a row may have for itself."""
 
 _DAMAGE = (ValueError, LookupError, TypeError, OverflowError, RecursionError, zlib.error)
 
@@ -46,12 +48,21 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """A file's content. `problem` says why it holds less than a whole generation; None if it does not."""
+    """A file's content. `problem` says why it holds less than whole generations; None if it does not.
+
+    requests: the rows that have a header of their own; ended: why rows ended that have no Finished, "" if cancelled.
+    """
 
     header: Header
     events: list[Event]
     tokens: dict[int, Token]
     problem: str | None = None
+    requests: dict[int, Header] = field(default_factory=dict)
+    ended: dict[int, str] = field(default_factory=dict)
+
+    def header_of(self, row: int) -> Header:
+        """What was asked in a row."""
+        return self.requests.get(row, self.header)
 
 
 _Before = dict[int, np.ndarray]  # the best canvas of each row's last step, uint32 [C]
@@ -80,7 +91,20 @@ class Writer:
             record["canvas"] = _pack(event, self._before)
         elif not isinstance(event, Prefilled):
             self._introduce(event.tokens)
+        if isinstance(event, Finished):
+            self._before.pop(event.row, None)
         self._write(record)
+
+    def request(self, row: int, options: dict[str, Any], seed: int, prompt_tokens: list[int]) -> None:
+        """What the events of a row, which follow, were asked for, where that is not what the header says."""
+        self._introduce(prompt_tokens)
+        asked = dict(zip(OF_REQUEST, (options, seed, prompt_tokens), strict=True))
+        self._write({"kind": "request", "row": row, **asked})
+
+    def ended(self, row: int, error: str) -> None:
+        """Ends a row that does not come to Finished; error: "" if it was cancelled."""
+        self._before.pop(row, None)
+        self._write({"kind": "ended", "row": row, "error": error})
 
     def _introduce(self, ids: Iterable[int]) -> None:
         new = sorted(set(ids) - self._known)
@@ -100,6 +124,8 @@ def read(path: str | Path) -> Trace:
     """
     events: list[Event] = []
     tokens: dict[int, Token] = {}
+    requests: dict[int, Header] = {}
+    ended: dict[int, str] = {}
     before: _Before = {}
     problem = None
     with open(path, "rb") as file:
@@ -107,17 +133,25 @@ def read(path: str | Path) -> Trace:
         for number, line in enumerate(file, 2):
             try:
                 record = json.loads(line)
-                if record["kind"] == "tokens":
-                    tokens |= {token.id: token for token in map(_token, record["tokens"])}
-                else:
-                    events.append(_event(record, header.canvas_length, before))
+                match record["kind"]:
+                    case "tokens":
+                        tokens |= {token.id: token for token in map(_token, record["tokens"])}
+                    case "request":
+                        requests[_row(record)] = replace(header, **_plain(Header, record, OF_REQUEST))
+                    case "ended":
+                        ended[_row(record)] = str(record["error"])
+                    case _:
+                        events.append(_event(record, header.canvas_length, before))
+                if record["kind"] in ("finished", "ended"):
+                    before.pop(record["row"], None)
             except _DAMAGE:
                 problem = f"line {number} is cut or damaged"
                 break
-    rows = {event.row for event in events} - {event.row for event in events if isinstance(event, Finished)}
-    if problem is None and (rows or not events):
+    done = {event.row for event in events if isinstance(event, Finished)} | ended.keys()
+    if problem is None and ({event.row for event in events} - done or not events):
         problem = "it ends before the generation does"
-    return Trace(header, events, tokens, problem and f"{path}: {problem}; {len(events)} events are read")
+    told = problem and f"{path}: {problem}; {len(events)} events are read"
+    return Trace(header, events, tokens, told, requests, ended)
 
 
 def to_json(event: Event) -> dict[str, Any]:
@@ -163,9 +197,15 @@ def _event(record: dict[str, Any], length: int, before: _Before) -> Event:
     return kind(**values)
 
 
-def _plain(kind: type, record: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass that are no tensors, if they have the types that it says."""
-    known = {f.name: f.type for f in fields(kind) if f.type is not Tensor}
+def _row(record: dict[str, Any]) -> int:
+    if not _fits(record["row"], int):
+        raise ValueError(f"row is {record['row']!r}")
+    return record["row"]
+
+
+def _plain(kind: type, record: dict[str, Any], among: Collection[str] | None = None) -> dict[str, Any]:
+    """The fields of a dataclass that are no tensors, or those named, if they have the types that it says."""
+    known = {f.name: f.type for f in fields(kind) if f.type is not Tensor and (among is None or f.name in among)}
     for name, type_ in known.items():
         if name not in record or not _fits(record[name], type_):
             raise ValueError(f"{name} is {record.get(name)!r}")

@@ -15,7 +15,7 @@ from dgemma.config import GenerationConfig
 from dgemma.decoding import autoregressive
 from dgemma.decoding.blocks import Request
 from dgemma.decoding.events import Block, Event, Finished, Prefilled
-from dgemma.engine.engine import Engine
+from dgemma.engine.engine import Ended, Engine, Take
 from dgemma.serve.errors import ApiError, ClientGone, closing, invalid, of_engine
 from dgemma.serve.feed import Feed
 from dgemma.serve.schema import Generate
@@ -67,7 +67,11 @@ class Answers:
                 self._race(choices[0], body.temperature or 0.0)
             else:
                 puts = [partial(self._feed.put, number) for number in range(len(choices))]
-                jobs = service.engine.submit_all([(c.request, put, put) for c, put in zip(choices, puts, strict=True)])
+                requests: list[tuple[Request, Take, Ended]]
+                requests = [(c.request, put, put) for c, put in zip(choices, puts, strict=True)]
+                if service.recorder:
+                    requests = [service.recorder.watched(*request) for request in requests]
+                jobs = service.engine.submit_all(requests)
                 self._cancel = [partial(service.engine.cancel, job) for job in jobs]
         except ValueError as error:
             raise invalid(error, "max_tokens" if "prompt is empty" not in str(error) else "prompt") from None
@@ -183,6 +187,8 @@ class Answers:
             try:
                 async with self.service.aside:
                     events = autoregressive.generate(lm.model, request, temperature=temperature)
+                    if self.service.recorder:
+                        events = self.service.recorder.autoregressive(request, events, temperature)
                     async for event in on_engine(self.service.engine, events):
                         self._feed.put(0, event)
             except ValueError as error:

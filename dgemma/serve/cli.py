@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import threading
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,7 @@ def serve(
     device: Device = "auto",
     dtype: Dtype = "auto",
     name: Annotated[str | None, typer.Option(help="name of the model for clients", show_default="MODEL")] = None,
+    trace: Annotated[Path | None, typer.Option(help="record every request here, for `dgemma trace`")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="no line for each request")] = False,
 ) -> None:
     """Serve a model over HTTP in OpenAI's shape, with a page to watch it at /."""
@@ -45,7 +47,7 @@ def serve(
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("dgemma.serve").setLevel(logging.INFO)
     limits = Limits(rows=rows, waiting=queue, cache_bytes=int(cache_gb * GIB), prefix_bytes=int(prefix_gb * GIB))
-    service = Service(name or model, limits, time_limit)
+    service = Service(name or model, limits, time_limit, trace)
     server = Server(make_app(service, api_key, int(max_body_mb * (1 << 20)), hosts(host), quiet), service)
     failed: list[Exception] = []
 

@@ -81,17 +81,18 @@ def of_validation(errors: Any) -> ApiError:
     first = max((error for error in errors if error["loc"][:2] == field), key=lambda error: len(error["loc"]))
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
-    path = ""
-    for part in first["loc"][1:]:
+    path, parts, unknown = "", first["loc"][1:], first["type"] == "extra_forbidden"
+    for i, part in enumerate(parts):
+        clients_own = unknown and i == len(parts) - 1  # which may be spelled in any way
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part.isidentifier() and part != "str":  # the others name the branch of a union
+        elif clients_own or (part.isidentifier() and part != "str"):  # the others name the branch of a union
             path += f".{part}" if path else part
-    message = "the field is not known" if first["type"] == "extra_forbidden" else first["msg"]
+    message = "the field is not known" if unknown else first["msg"]
     if not path and first["type"] == "value_error":  # of several fields; it begins with one of them
         told = str(first["ctx"]["error"])
         return ApiError(400, told, told.split()[0], "invalid_value")
-    if not path:
+    if not path and not unknown:
         return ApiError(400, f"the body must be a JSON object, sent as application/json: {message}")
-    code = "unknown_field" if first["type"] == "extra_forbidden" else "invalid_value"
+    code = "unknown_field" if unknown else "invalid_value"
     return ApiError(400, f"{path}: {message.removeprefix('Value error, ')}", path, code)

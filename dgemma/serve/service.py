@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import asdict
 from hashlib import blake2b
 from importlib.metadata import version
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from dgemma import config
@@ -14,12 +14,18 @@ from dgemma.language_model import LanguageModel
 from dgemma.serve.accounting import InWork
 from dgemma.serve.errors import ApiError, closing
 from dgemma.serve.metrics import Metrics
+from dgemma.serve.recorder import Recorder
 
 
 class Service:
-    """One model under one name. `status` is "loading" until `open`, and "closing" once no new request is taken."""
+    """One model under one name. `status` is "loading" until `open`, and "closing" once no new request is taken.
 
-    def __init__(self, name: str, limits: Limits, time_limit: float):
+    trace: a file that is to record every request; one that cannot be opened is an OSError.
+    """
+
+    def __init__(self, name: str, limits: Limits, time_limit: float, trace: Path | None = None):
+        self._trace = trace.open("wb") if trace else None
+        self.recorder: Recorder | None = None
         self.name, self.limits, self.time_limit = name, limits, time_limit
         self.names = {name, PurePath(name).name, "default"}
         self.status: Literal["loading", "ok", "closing"] = "loading"
@@ -35,6 +41,8 @@ class Service:
         self.metrics.watch(engine.scheduler)
         described = f"{version('dgemma')} {self.name} {lm.model.dtype} {lm.model.device}"
         self.fingerprint = f"fp_{blake2b(described.encode(), digest_size=6).hexdigest()}"
+        if self._trace:
+            self.recorder = Recorder(self._trace, self.name, lm)
         self._opened = lm, engine
         if self.status == "loading":
             self.status = "ok"
@@ -44,6 +52,8 @@ class Service:
         self.status = "closing"
         if self._opened:
             self.engine.close(drain=False)
+        if self._trace:
+            self._trace.close()
 
     @property
     def lm(self) -> LanguageModel:

@@ -3,9 +3,13 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Union
 
-from dgemma.language_model import Chat
 from dgemma.terminal.screen import note
+
+if TYPE_CHECKING:
+    from dgemma.language_model import Chat
+    from dgemma.terminal.remote import RemoteChat
 
 HELP = """\
 /reset        forget the conversation
@@ -22,7 +26,7 @@ class Conversation:
     conversation goes on; in a pipe they end it.
     """
 
-    def __init__(self, chat: Chat, answer: Callable[[str, bool], None], think: bool = False):
+    def __init__(self, chat: Union["Chat", "RemoteChat"], answer: Callable[[str, bool], None], think: bool = False):
         self.chat, self.answer, self.think = chat, answer, think
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
 

@@ -101,7 +101,8 @@ def recording(trace: Trace, row: int | None = None) -> Recording:
     row = rows[0] if rows and row is None else row or 0
     # Nothing that shows text asks for more of a tokenizer.
     tokenizer = cast(Tokenizer, Spellings(trace.tokens))
-    ends = GenerationConfig.from_dict(trace.header.options).eos_token_id
+    header = trace.header_of(row)
+    ends = GenerationConfig.from_dict(header.options).eos_token_id
     events = [event for event in trace.events if event.row == row]
     last = events[-1] if events else None
     if isinstance(last, Step):
@@ -111,9 +112,9 @@ def recording(trace: Trace, row: int | None = None) -> Recording:
         blocks = [event for event in events if isinstance(event, Block)]
         tokens = [i for block in blocks for i in block.tokens]
         counts, still = [block.steps for block in blocks], [block.converged for block in blocks]
-        prompt = len(trace.header.prompt_tokens)
+        prompt = len(header.prompt_tokens)
         events.append(Finished(row, tokens, "length", counts, still, prompt, 0.0, 0.0, 0.0))
-    return Recording(trace.header, events, tokenizer, ends)
+    return Recording(header, events, tokenizer, ends)
 
 
 def replay(shown: Recording, pace: float) -> None:

@@ -50,10 +50,14 @@ Start = Callable[..., Any]
 
 @contextmanager
 def serving(
-    lm: LanguageModel | None, limits: Limits | None = None, time_limit: float = 60, **app: Any
+    lm: LanguageModel | None,
+    limits: Limits | None = None,
+    time_limit: float = 60,
+    trace: Path | None = None,
+    **app: Any,
 ) -> Iterator[Site]:
     """Serves a model, or, for None, a load that does not end."""
-    service = Service(lm.name if lm else "absent", limits or Limits(), time_limit)
+    service = Service(lm.name if lm else "absent", limits or Limits(), time_limit, trace)
     if lm:
         service.open(lm)
     with bind("127.0.0.1", 0) as listening:
