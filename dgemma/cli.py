@@ -59,7 +59,7 @@ def _start(context: typer.Context) -> None:
 @app.command()
 @config_flags
 def run(
-    model: Model = "sudoku",
+    model: Model = "tiny",
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="the text; - reads standard input")] = None,
     system: System = None,
     think: Think = False,
@@ -150,7 +150,7 @@ def chat(
         return
     if api_key is not None:
         raise UsageError("--api-key has no effect without --url")
-    model = model or "sudoku"
+    model = model or "tiny"
     lm = _load(model, checked(model, config), device, dtype, think)
     from dgemma.terminal.chat import Conversation
     from dgemma.terminal.screen import Screen

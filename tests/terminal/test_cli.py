@@ -251,7 +251,7 @@ class TestSudoku:
         assert message in done.stderr
 
     def test_in_a_chat_each_puzzle_stands_alone(self):
-        done = dgemma_run("chat", stdin=f"{PUZZLE}\n{PUZZLE}\n")
+        done = dgemma_run("chat", "sudoku", stdin=f"{PUZZLE}\n{PUZZLE}\n")
         assert done.returncode == 0
         assert done.stdout.split() == SOLUTION * 2
         assert done.stderr.count("right: ") == 2
