@@ -59,7 +59,7 @@ def _start(context: typer.Context) -> None:
 @app.command()
 @config_flags
 def run(
-    model: Model = "tiny",
+    model: Model = "sudoku",
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="the text; - reads standard input")] = None,
     system: System = None,
     think: Think = False,

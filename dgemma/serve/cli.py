@@ -15,7 +15,7 @@ GIB = float(1 << 30)
 
 
 def serve(
-    model: Model = "tiny",
+    model: Model = "sudoku",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
     api_key: Annotated[str | None, typer.Option(envvar="DGEMMA_API_KEY", help="what clients must present")] = None,

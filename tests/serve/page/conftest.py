@@ -30,7 +30,7 @@ DEFAULTS = {
     "greedy": False,
     "eos_token_id": [1],
     "pad_token_id": 0,
-    "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1},
+    "entropy_bound": 0.1,
 }
 CANVAS, STEPS = 12, 5
 SETTINGS, UNPACED = "dgemma.settings", '{"pace": 0}'
