@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +12,9 @@ import typer
 
 from dgemma import embedded
 from dgemma.bench.cli import app as bench
-from dgemma.checkpoints.source import base_of, resolve
+from dgemma.checkpoints.source import folders_of, resolve
 from dgemma.evals.cli import evaluate
-from dgemma.flags import Device, Dtype, Model, UsageError, checked, config_flags
+from dgemma.flags import Device, Dtype, Model, UsageError, check_folders, checked, config_flags
 from dgemma.serve.cli import serve
 from dgemma.train.cli import teach, train
 
@@ -80,7 +79,7 @@ def run(
         raise UsageError("--json and --visual exclude each other")
     if pace is not None and not (visual and 0 <= pace <= 60):
         raise UsageError("--pace takes 0 to 60 seconds" if visual else "--pace has no effect without --visual")
-    _check_folders(trace)
+    check_folders(trace)
     options = _options(config, seed, visual, autoregressive, temperature)
     text = _prompt(prompt)
     directory = checked(model, config)
@@ -123,7 +122,7 @@ def run(
 def chat(
     model: Annotated[
         str | None,
-        typer.Argument(help="as for run; with --url a name there", show_default="sudoku, or the first there"),
+        typer.Argument(help="as for run; with --url a name there", show_default="tiny, or the first there"),
     ] = None,
     system: System = None,
     think: Think = False,
@@ -187,7 +186,7 @@ def show_trace(
         raise UsageError("--json goes with --row alone")
     if pace is not None and not 0 <= pace <= 60:
         raise UsageError("--pace takes 0 to 60 seconds")
-    _check_folders(html, svg, gif)
+    check_folders(html, svg, gif)
     from dgemma.decoding.trace import read, to_json
     from dgemma.terminal import export, replay
     from dgemma.terminal.screen import note
@@ -216,14 +215,11 @@ def merge(
     dtype: Dtype = "auto",
 ) -> None:
     """Write an adapter and the model it was made for as one checkpoint in the released format."""
-    from dgemma.checkpoints.save import EXTRAS, save_model
+    from dgemma.checkpoints.save import save_model
     from dgemma.language_model import load
 
-    lm, own = load(adapter, "cpu", dtype), resolve(adapter)
-    save_model(lm.model, out, lm.defaults, extras=base_of(own))
-    for name in EXTRAS:
-        if (own / name).is_file():
-            shutil.copyfile(own / name, out / name)
+    lm = load(adapter, "cpu", dtype)
+    save_model(lm.model, out, lm.defaults, folders_of(resolve(adapter)))
 
 
 @app.command()
@@ -253,12 +249,6 @@ def _options(
             raise UsageError("--seed has no effect with --autoregressive at --temperature 0")
     mode = {"autoregressive": True, "temperature": temperature or 0.0} if autoregressive else {}
     return {**config, "seed": seed or 0, **mode}
-
-
-def _check_folders(*files: Path | None) -> None:
-    for file in files:
-        if file and not file.absolute().parent.is_dir():
-            raise UsageError(f"there is no folder {file.parent} to write {file.name} to")
 
 
 def _prompt(given: str | None) -> str:

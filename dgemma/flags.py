@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from dgemma.checkpoints.source import resolve
+from dgemma.checkpoints.source import defaults_of, folders_of, resolve
 from dgemma.config import GenerationConfig
 
 ALIASES = {"max_new_tokens": ("-n",), "max_denoising_steps": ("--steps",)}
@@ -54,10 +54,16 @@ config_flags = flags_of(GenerationConfig, "config")
 def checked(model: str, config: dict[str, Any]) -> Path:
     """The model's directory, once its own defaults agree with the options given."""
     directory = resolve(model)
-    own = directory / "generation_config.json"
-    defaults = GenerationConfig.from_file(own) if own.exists() else GenerationConfig()
+    defaults = defaults_of(folders_of(directory))
     try:
         defaults.with_options(**config)
     except ValueError as error:
         raise UsageError(str(error)) from None
     return directory
+
+
+def check_folders(*files: Path | None) -> None:
+    """UsageError if a file could not be written because its folder does not exist; None stands for no file."""
+    for file in files:
+        if file and not file.absolute().parent.is_dir():
+            raise UsageError(f"there is no folder {file.parent} to write {file.name} to")

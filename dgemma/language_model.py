@@ -10,7 +10,7 @@ import torch
 from dgemma import embedded
 from dgemma.checkpoints.adapters import load_adapter
 from dgemma.checkpoints.load import load_model
-from dgemma.checkpoints.source import base_of, resolve
+from dgemma.checkpoints.source import defaults_of, folders_of, holder, resolve
 from dgemma.config import GenerationConfig
 from dgemma.decoding import autoregressive as left_to_right
 from dgemma.decoding import blocks
@@ -222,19 +222,16 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Langu
     device: "auto" takes a CUDA device if there is one; dtype: "auto" is the file's own, or "float32", "bfloat16",
     "float16". Errors are one line that names the file, tensor or value and says what to do.
     """
-    directory = resolve(source)
-    base = base_of(directory)
-    model = load_model(base or directory, device, dtype).requires_grad_(False)
-    if base:
-        load_adapter(model, directory)
+    folders = folders_of(resolve(source))
+    model = load_model(folders[-1], device, dtype).requires_grad_(False)
+    for adapter in folders[:-1]:
+        load_adapter(model, adapter)
         merge_lora(model)
-    options = (base or directory) / "generation_config.json"
-    own = lambda file: directory if not base or (directory / file).is_file() else base  # noqa: E731
     return LanguageModel(
         name=str(source),
         model=model,
-        tokenizer=Tokenizer.from_directory(own("tokenizer.json")),
-        template=ChatTemplate.from_directory(own("chat_template.jinja")),
-        defaults=GenerationConfig.from_file(options) if options.exists() else GenerationConfig(),
-        task=embedded.task(directory),
+        tokenizer=Tokenizer.from_directory(holder(folders, "tokenizer.json")),
+        template=ChatTemplate.from_directory(holder(folders, "chat_template.jinja")),
+        defaults=defaults_of(folders),
+        task=embedded.task(folders[0]),
     )

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib import metadata, util
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dgemma.bench.harness import KEEP_FREED, Side, Spread, cores, machine
+from dgemma.bench.harness import KEEP_FREED, Side, Spread, cores, have_transformers, machine, versions
 from dgemma.bench.shapes import SHAPES, Shape
 
 DTYPES = {"bf16": "bfloat16", "f32": "float32"}
@@ -76,17 +75,14 @@ def run(
     device = str(resolve_device(device))
     threads = threads or cores()
     names = [OURS]
-    if util.find_spec("transformers"):
+    if have_transformers(progress):
         names += [THEIRS, *([TUNED] if tuned else [])]
-    else:
-        progress("transformers is not installed: this project is measured alone")
     with TemporaryDirectory(prefix="dgemma-bench-") as directory:
         progress(f"writing random weights: {shape}, {dtype}")
         write_weights(SHAPES[shape], DTYPES[dtype], Path(directory))
         options = {"directory": directory, "device": device, "threads": threads, "tokens": SHAPES[shape].prompt}
         sides, ratios, equal = _measure(names, options, SHAPES[shape], repeats, dtype == "f32", progress)
-    versions = {name: metadata.version(name) for name in ("torch", "transformers") if name == "torch" or len(names) > 1}
-    return Result(shape, dtype, threads, repeats, machine(), versions, sides, ratios, equal)
+    return Result(shape, dtype, threads, repeats, machine(), versions(len(names) > 1), sides, ratios, equal)
 
 
 def write_weights(shape: Shape, dtype: str, directory: Path) -> None:

@@ -10,10 +10,10 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, metadata, util
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -101,6 +101,19 @@ def serve(target: str, options: str) -> None:
         for line in sys.stdin:
             question, arguments = json.loads(line)
             print(json.dumps(getattr(side, question)(**arguments)), file=answers, flush=True)
+
+
+def have_transformers(progress: Callable[[str], None]) -> bool:
+    """Whether there is something to compare with; tells if not."""
+    found = util.find_spec("transformers") is not None
+    if not found:
+        progress("transformers is not installed: this project is measured alone")
+    return found
+
+
+def versions(theirs: bool) -> dict[str, str]:
+    """What was measured, by package; `theirs`: transformers too."""
+    return {name: metadata.version(name) for name in ("torch", *["transformers"] * theirs)}
 
 
 def peak_bytes() -> int | None:

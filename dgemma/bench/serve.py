@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata, util
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -19,7 +18,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 from dgemma.bench.decode import DTYPES, OURS, THEIRS, check
-from dgemma.bench.harness import Side, Spread, cores, machine
+from dgemma.bench.harness import Side, Spread, cores, have_transformers, machine, versions
 from dgemma.bench.shapes import SHAPES
 from dgemma.bench.sides import Common, Transformers
 
@@ -128,9 +127,7 @@ def run(
     from dgemma.checkpoints.load import resolve_device
 
     device, threads = str(resolve_device(device)), threads or cores()
-    theirs = util.find_spec("transformers") is not None
-    if not theirs:
-        progress("transformers is not installed: this project is measured alone")
+    theirs = have_transformers(progress)
     with TemporaryDirectory(prefix="dgemma-bench-") as folder, ExitStack() as stack:
         progress(f"writing weights: {model or f'random, {shape}, {dtype}'}")
         work = _write(model, shape, dtype, Path(folder))
@@ -154,7 +151,6 @@ def run(
         gain = {n: Spread.of([n * t / s for t, s in zip(one, seconds["served", n], strict=True)]) for n in levels}
     tokens = work.canvas * BLOCKS
     told = {key: _level(repeated, tokens) for key, repeated in loads.items()}
-    versions = {name: metadata.version(name) for name in ("torch", *["transformers"] * theirs)}
     return Result(
         model=model or shape,
         dtype=work.dtype,
@@ -167,7 +163,7 @@ def run(
         blocks=BLOCKS,
         steps=STEPS,
         machine=machine(),
-        versions=versions,
+        versions=versions(theirs),
         served={n: told["served", n] for n in levels},
         engine={n: told["engine", n] for n in levels},
         transformers=told.get((THEIRS, 1)),

@@ -14,14 +14,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata, util
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from dgemma.bench.decode import DTYPES, OURS, THEIRS, check, write_weights
-from dgemma.bench.harness import KEEP_FREED, Side, Spread, cores, machine
+from dgemma.bench.harness import KEEP_FREED, Side, Spread, cores, have_transformers, machine, versions
 from dgemma.bench.shapes import SHAPES
 from dgemma.bench.sides import Common
 
@@ -99,10 +98,8 @@ def run(
     options = {"shape": shape, "batch": batch, "canvases": canvases, "causal": causal}
     options |= {"device": device, "threads": threads}
     names = [OURS]
-    if util.find_spec("transformers"):
+    if have_transformers(progress):
         names += [THEIRS, CACHED, *([TUNED] if tuned else [])]
-    else:
-        progress("transformers is not installed: this project is measured alone")
     with TemporaryDirectory(prefix="dgemma-bench-") as directory, ExitStack() as stack:
         progress(f"writing random weights: {shape}, {dtype}")
         write_weights(SHAPES[shape], DTYPES[dtype], Path(directory))
@@ -121,10 +118,8 @@ def run(
     }
     ratios = {name: Spread.of([t / o for t, o in zip(seconds[name], seconds[OURS], strict=True)]) for name in names[1:]}
     agree = None if dtype != "f32" or len(names) == 1 else all(_close(first[OURS], first[name]) for name in names)
-    versions = {name: metadata.version(name) for name in ("torch", "transformers") if name == "torch" or len(names) > 1}
-    return Result(
-        shape, dtype, batch, canvases, causal, threads, repeats, steps, machine(), versions, measured, ratios, agree
-    )
+    about = machine(), versions(len(names) > 1)
+    return Result(shape, dtype, batch, canvases, causal, threads, repeats, steps, *about, measured, ratios, agree)
 
 
 def _open(name: str, options: dict[str, Any]) -> Side:

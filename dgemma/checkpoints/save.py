@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from dgemma.checkpoints.headers import INDEX, SINGLE
 from dgemma.checkpoints.names import stored_name
+from dgemma.checkpoints.source import holder
 from dgemma.config import GenerationConfig
+from dgemma.model.lora import Pair
 from dgemma.model.network import DiffusionGemma
 
 EXTRAS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json")
@@ -26,24 +28,27 @@ def save_model(
     model: DiffusionGemma,
     directory: str | Path,
     generation_config: GenerationConfig,
-    extras: str | Path | None = None,
+    extras: Sequence[Path] = (),
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes config.json, generation_config.json and the weights under their released names, in their own dtype.
 
-    extras: a directory from which tokenizer, chat template and processor config are copied, where it has them.
+    extras: folders from which tokenizer, chat template and processor config are copied, each from the first that has
+    it. ValueError for a network whose adapter is not merged.
     Every file is written beside its place first, and all move there at the end: a save that fails, with OSError,
     leaves what was there, and a network still mapped from the same directory stays whole. Weights of an earlier save
     are then removed.
     """
+    if adapted := [name for name, module in model.named_modules() if isinstance(module, Pair)]:
+        raise ValueError(f"{adapted[0]} is an adapter that is not merged: merge it, or save it as an adapter")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory) as new:
         weights = _write_weights(model, new, max_shard_bytes)
         write_json(new("config.json"), _config(model))
         write_json(new("generation_config.json"), generation_config.to_dict())
-        for name in EXTRAS if extras is not None else ():
-            found = Path(extras or "") / name
+        for name in EXTRAS if extras else ():
+            found = holder(extras, name) / name
             if found.is_file():
                 shutil.copyfile(found, new(name))
     for path in directory.iterdir():

@@ -2,10 +2,11 @@
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from dgemma import embedded
-from dgemma.config import read_json
+from dgemma.config import GenerationConfig, read_json
 
 DESCRIPTIONS = ("*.json", "*.jinja")
 PATTERNS = (*DESCRIPTIONS, "*.safetensors")
@@ -50,6 +51,23 @@ def base_of(directory: Path) -> Path | None:
         return resolve(name)
     except (OSError, ValueError) as error:
         raise type(error)(f"{directory / ADAPTER} changes {name!r}, which is not to be had: {error}") from None
+
+
+def folders_of(directory: Path) -> tuple[Path, ...]:
+    """Where a model's files lie: in its directory; for an adapter in its own, and then in that of `base_of`."""
+    base = base_of(directory)
+    return (directory, base) if base else (directory,)
+
+
+def holder(folders: Sequence[Path], file: str) -> Path:
+    """The first of the folders that has the file; the last one if none has."""
+    return next((folder for folder in folders if (folder / file).is_file()), folders[-1])
+
+
+def defaults_of(folders: Sequence[Path]) -> GenerationConfig:
+    """What a model's generation_config.json says; the release's values if there is none."""
+    own = holder(folders, "generation_config.json") / "generation_config.json"
+    return GenerationConfig.from_file(own) if own.exists() else GenerationConfig()
 
 
 def _from_hub(name: str, patterns: tuple[str, ...]) -> Path:

@@ -16,6 +16,26 @@ from dgemma.config import SLIDING, ModelConfig
 from dgemma.model.cache import Row
 
 
+class Pages:
+    """The keys of a growing sequence's full pages. `salt` parts those that must not share, such as tenants."""
+
+    def __init__(self, size: int, salt: str = ""):
+        self.size, self.keys = size, list[bytes]()
+        self._salt, self._rest = salt.encode(), np.empty(0, np.int32)
+
+    @property
+    def length(self) -> int:
+        return len(self.keys) * self.size + len(self._rest)
+
+    def extend(self, tokens: Tensor) -> None:
+        ids = np.concatenate([self._rest, tokens.numpy(force=True).astype(np.int32)])
+        full = len(ids) // self.size * self.size
+        for page in ids[:full].reshape(-1, self.size):
+            before = self.keys[-1] if self.keys else self._salt
+            self.keys.append(blake2b(before + page.tobytes(), digest_size=16).digest())
+        self._rest = ids[full:]
+
+
 @dataclass(frozen=True)
 class _Page:
     tensors: dict[str, Tensor]
@@ -23,7 +43,7 @@ class _Page:
 
 
 class PrefixCache:
-    """At most `limit` bytes of pages; 0 keeps none. `salt` parts those that must not share, such as tenants."""
+    """At most `limit` bytes of pages; 0 keeps none."""
 
     def __init__(self, config: ModelConfig, limit: int):
         self.config, self.limit, self.page = config, limit, config.canvas_length
@@ -33,19 +53,10 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._pages)
 
-    def keys(self, tokens: Sequence[int], salt: str = "") -> list[bytes]:
-        """The key of each full page of a sequence."""
-        key, found = salt.encode(), []
-        ids = np.asarray(tokens, dtype=np.int32)
-        for end in range(self.page, len(ids) + 1, self.page):
-            key = blake2b(key + ids[end - self.page : end].tobytes(), digest_size=16).digest()
-            found.append(key)
-        return found
-
-    def find(self, tokens: Sequence[int], salt: str = "") -> Row:
+    def find(self, pages: Pages) -> Row:
         """A row that holds as many of the sequence's first pages as are known, but never all of its tokens."""
         known: list[_Page] = []
-        keys = self.keys(tokens[:-1], salt)
+        keys = pages.keys[: (pages.length - 1) // self.page]
         for key in keys:
             page = self._pages.get(key)
             if page is None:
@@ -54,20 +65,20 @@ class PrefixCache:
         self._touch(keys[: len(known)])
         row = Row(len(known) * self.page)
         reached = self.config.first_reached(SLIDING, row.length) // self.page
-        for kind, pages in row.pages.items():
+        for kind, tensors in row.pages.items():
             from_here = reached if kind == SLIDING else 0
-            pages += [page.tensors.get(kind) if i >= from_here else None for i, page in enumerate(known)]
+            tensors += [page.tensors.get(kind) if i >= from_here else None for i, page in enumerate(known)]
         return row
 
-    def add(self, tokens: Sequence[int], row: Row, salt: str = "") -> None:
+    def add(self, pages: Pages, row: Row) -> None:
         """Takes the full pages of a row whose tokens these are; what a sliding layer has let go of is not complete."""
         if not self.limit:
             return
-        keys = self.keys(tokens[: row.length], salt)
+        keys = pages.keys[: row.length // self.page]
         for number, key in enumerate(keys):
             if key in self._pages:
                 continue
-            tensors = {kind: pages[number] for kind, pages in row.pages.items() if number < len(pages)}
+            tensors = {kind: kept[number] for kind, kept in row.pages.items() if number < len(kept)}
             held = {kind: tensor for kind, tensor in tensors.items() if tensor is not None}
             if len(held) == len(tensors):
                 page = _Page(held, sum(tensor.nbytes for tensor in held.values()))

@@ -20,7 +20,7 @@ from torch import Tensor
 from dgemma.decoding.blocks import Request, check_room
 from dgemma.decoding.denoise import Canvas, denoise_step
 from dgemma.decoding.events import Event, Prefilled
-from dgemma.engine.prefix import PrefixCache
+from dgemma.engine.prefix import Pages, PrefixCache
 from dgemma.model.cache import Cache, Row
 from dgemma.model.network import DiffusionGemma
 
@@ -51,7 +51,7 @@ class Job:
     request: Request
     take: Callable[[Event], None]
     ended: Callable[[Exception | None], None]
-    salt: str
+    pages: Pages
     number: int
     nbytes: int
     row: Row = field(default_factory=Row)
@@ -66,11 +66,6 @@ class Job:
     @property
     def prompt_left(self) -> int:
         return len(self.request.prompt) - self.row.length if not self.request.steps and self.pending is None else 0
-
-    @property
-    def tokens(self) -> list[int]:
-        """What the row has encoded, or is to encode: the prompt and all that was committed."""
-        return [*self.request.prompt.tolist(), *self.request.tokens]
 
 
 class Scheduler:
@@ -109,10 +104,12 @@ class Scheduler:
                 f"prompt and answer need {nbytes >> 20} MiB of cache; the engine has "
                 f"{self.limits.cache_bytes >> 20}: shorten the prompt or lower max_new_tokens"
             )
+        pages = Pages(canvas, salt)
+        pages.extend(request.prompt)
         with self._lock:
             if len(self.waiting) >= self.limits.waiting:
                 raise QueueFull(f"{len(self.waiting)} requests are waiting, which is the limit; try again later")
-            job = Job(request, take, ended, salt, next(self._numbers), nbytes)
+            job = Job(request, take, ended, pages, next(self._numbers), nbytes)
             self.waiting.append(job)
         return job
 
@@ -161,7 +158,7 @@ class Scheduler:
             with self._lock:
                 job = self.waiting.popleft()
                 self.running.append(job)
-            job.row = self.prefixes.find(job.request.prompt.tolist(), job.salt)
+            job.row = self.prefixes.find(job.pages)
             job.cached = job.row.length
 
     def _encode(self) -> None:
@@ -194,7 +191,9 @@ class Scheduler:
 
     def _encoded(self, job: Job, seconds: float) -> None:
         request = job.request
-        self.prefixes.add(job.tokens, job.row, job.salt)
+        if job.pending is not None:
+            job.pages.extend(job.pending)
+        self.prefixes.add(job.pages, job.row)
         if job.pending is not None:
             request.commit_seconds += seconds
             job.pending = None

@@ -11,7 +11,7 @@ import typer
 
 from dgemma import embedded
 from dgemma.evals import conversations, tasks
-from dgemma.flags import Device, Dtype, Model, UsageError, checked, config_flags
+from dgemma.flags import Device, Dtype, Model, UsageError, check_folders, checked, config_flags
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -51,9 +51,7 @@ def evaluate(
     """Measure a model on held-out items of a task."""
     if as_json and as_markdown:
         raise UsageError("--json and --markdown exclude each other")
-    for path in (cases, png):
-        if path and not path.absolute().parent.is_dir():
-            raise UsageError(f"there is no folder {path.parent} to write {path.name} to")
+    check_folders(cases, png)
     chosen: Any = conversations if task.endswith(".jsonl") else _task(task)
     wanted = _levels(task, chosen, levels)
     directory = checked(model, config)

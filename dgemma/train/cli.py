@@ -65,6 +65,7 @@ def teach(
     from dgemma.train.teacher import teach as write
 
     chosen, levels = levels_of(task)
+    tasks.prepare(chosen)
     tell = lambda asked, kept: print(f"{asked} of {count} asked, {kept} kept", file=sys.stderr)  # noqa: E731
     write(load(model, device, dtype), chosen, levels, count, out, seed, tell, **config)
 

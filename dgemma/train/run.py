@@ -15,8 +15,8 @@ from dgemma import embedded
 from dgemma.checkpoints.adapters import save_adapter
 from dgemma.checkpoints.load import resolve_device
 from dgemma.checkpoints.save import save_model
-from dgemma.checkpoints.source import resolve
-from dgemma.config import GenerationConfig, ModelConfig
+from dgemma.checkpoints.source import defaults_of, folders_of, resolve
+from dgemma.config import ModelConfig
 from dgemma.evals import conversations, tasks
 from dgemma.evals.measure import Checker, measure, summary
 from dgemma.language_model import LanguageModel, load
@@ -56,10 +56,10 @@ def run(
         keep_freed_memory()
     o = recipe.options
     state = read_state(out)
-    asked = _asked(recipe)
+    asked = dataclasses.asdict(recipe)
     if state:
         _same(asked, state["recipe"], out)
-    lm, directory = _begin(recipe, device, dtype)
+    lm, folders = _begin(recipe, device, dtype)
     weights = _trainable(lm.model, recipe)
     going = Run(lm.model, o, weights)
     if state:
@@ -80,7 +80,7 @@ def run(
         evaluate = _evaluation(lm, recipe) if recipe.evaluate else None
         train(going, mixture, out, log, asked, evaluate, stopped)
     with going.averaged():
-        result = _export(lm, recipe, directory, out)
+        result = _export(lm, recipe, folders, out)
     if png:
         from dgemma.train.curves import draw
 
@@ -88,13 +88,13 @@ def run(
     return result
 
 
-def _begin(recipe: Recipe, device: str, dtype: str) -> tuple[LanguageModel, Path]:
-    """The model to start from, and the directory of its tokenizer and template."""
+def _begin(recipe: Recipe, device: str, dtype: str) -> tuple[LanguageModel, tuple[Path, ...]]:
+    """The model to start from, and the folders of its tokenizer and template."""
     if not recipe.scratch:
         if recipe.config:
             raise ValueError("config changes the network's sizes, which needs scratch = true")
         lm = load(recipe.model, device, dtype)
-        return lm, resolve(recipe.model)
+        return lm, folders_of(resolve(recipe.model))
     # What ships without weights, for being trained here, is not yet a model by name.
     shipped = embedded.HERE / recipe.model
     directory = shipped if (shipped / "config.json").exists() else resolve(recipe.model)
@@ -107,10 +107,8 @@ def _begin(recipe: Recipe, device: str, dtype: str) -> tuple[LanguageModel, Path
     }
     config = dataclasses.replace(config, **changes, vision=None, dtype="float32")
     model = DiffusionGemma(config).init_weights(recipe.options.seed).to(resolve_device(device)).eval()
-    options = directory / "generation_config.json"
-    defaults = GenerationConfig.from_file(options) if options.exists() else GenerationConfig()
     tokenizer, template = Tokenizer.from_directory(directory), ChatTemplate.from_directory(directory)
-    return LanguageModel(recipe.model, model, tokenizer, template, defaults), directory
+    return LanguageModel(recipe.model, model, tokenizer, template, defaults_of([directory])), (directory,)
 
 
 def _trainable(model: DiffusionGemma, recipe: Recipe) -> dict[str, nn.Parameter]:
@@ -154,18 +152,12 @@ def _evaluation(lm: LanguageModel, recipe: Recipe) -> Callable[[], Mapping[str, 
     return evaluate
 
 
-def _export(lm: LanguageModel, recipe: Recipe, directory: Path, out: Path) -> Path:
+def _export(lm: LanguageModel, recipe: Recipe, folders: tuple[Path, ...], out: Path) -> Path:
     if recipe.lora is not None:
         save_adapter(lm.model, out / "adapter", recipe.model)
         return out / "adapter"
-    save_model(lm.model, out / "model", lm.defaults, extras=directory)
+    save_model(lm.model, out / "model", lm.defaults, folders)
     return out / "model"
-
-
-def _asked(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain values, for the checkpoint."""
-    values = dataclasses.asdict(recipe)
-    return {**values, "evaluate": list(recipe.evaluate), "lora": recipe.lora and {**recipe.lora}}
 
 
 def _same(asked: dict[str, Any], earlier: dict[str, Any], out: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Protocol
@@ -36,10 +37,12 @@ class FileSource:
 
     def __call__(self, number: int) -> Example:
         epoch, place = divmod(number, len(self.stored))
-        return self.stored[self._order(epoch)[place]]
+        return self.stored[_order(self.seed, epoch, len(self.stored))[place]]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.stored))
+
+@lru_cache(maxsize=2)  # a batch may lie across the border of two epochs
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 @dataclass(frozen=True)
@@ -131,18 +134,17 @@ def open_sources(
             sources.append(FileSource(stored, seed))
         else:
             task, levels = levels_of(name)
+            tasks.prepare(task)
             sources.append(TaskSource(task, levels, seed, encode))
     return Mixture(sources, list(weights.values()), seed)
 
 
 def levels_of(name: str) -> tuple[tasks.Task, tuple[str, ...]]:
-    """The task and levels of "NAME" or "NAME:LEVEL", ready to train on."""
+    """The task and levels of "NAME" or "NAME:LEVEL"."""
     name, _, level = name.partition(":")
     task = tasks.get(name)
     if level and level not in task.LEVELS:
         raise ValueError(f"task {name} has no level {level!r}; it has {', '.join(task.LEVELS)}")
-    if hasattr(task, "pool"):  # more to draw from than measuring waits for
-        task.pool()
     return task, (level,) if level else task.LEVELS
 
 

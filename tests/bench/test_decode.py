@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dgemma.bench import decode
+from dgemma.bench import decode, harness
 from dgemma.bench.cli import app
 
 
@@ -46,7 +46,7 @@ def test_both_sides_and_equal_trajectories():
 
 
 def test_without_transformers_this_project_is_measured_alone(monkeypatch, capsys):
-    monkeypatch.setattr(decode.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(harness.util, "find_spec", lambda name: None)
     done = CliRunner().invoke(app, ["decode", "--shape", "small", "--repeats", "2", "--threads", "1", "--json"])
     assert done.exit_code == 0
     assert "transformers is not installed" in done.stderr

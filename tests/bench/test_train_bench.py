@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dgemma.bench import decode, train
+from dgemma.bench import decode, harness, train
 from dgemma.bench.cli import app, show_training
 from dgemma.bench.harness import Spread
 from dgemma.bench.shapes import SHAPES
@@ -97,8 +97,8 @@ def test_turns_are_taken_and_disagreement_is_told(loss, agree, monkeypatch):
         train.CACHED: Fake("c", asked, loss, 0.75),
         train.TUNED: Fake("d", asked, 6.0, 0.5),
     }
-    monkeypatch.setattr(train.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(train.metadata, "version", lambda name: "1")
+    monkeypatch.setattr(harness.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(harness.metadata, "version", lambda name: "1")
     monkeypatch.setattr(train, "_open", lambda name, options: made[name])
     result = train.run("small", batch=4, repeats=2, steps=3, threads=1, tuned=True)
     assert result.agree is agree
@@ -130,7 +130,7 @@ def test_half_of_the_canvases_are_conditioned_and_noise_differs(tmp_path):
 
 
 def test_without_transformers_this_project_is_measured_alone(monkeypatch):
-    monkeypatch.setattr(train.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(harness.util, "find_spec", lambda name: None)
     monkeypatch.setattr(train, "_open", lambda name, options: Fake(name, [], 6.0, 0.5))
     result, told = bench("--no-causal")
     assert "transformers is not installed" in told

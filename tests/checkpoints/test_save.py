@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from dgemma.checkpoints.load import load_model
 from dgemma.checkpoints.save import save_model
 from dgemma.config import GenerationConfig, ModelConfig
+from dgemma.model.lora import Lora, add_lora
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,11 +78,30 @@ def test_extras_are_copied_where_they_exist(make_model, saved, tmp_path):
     source.mkdir()
     for name in ("tokenizer.json", "chat_template.jinja", "README.md"):
         (source / name).write_text(f"this is {name}")
-    directory = saved(make_model(), extras=source)
+    directory = saved(make_model(), extras=[source])
     assert (directory / "tokenizer.json").read_text() == "this is tokenizer.json"
     assert (directory / "chat_template.jinja").exists()
     assert not (directory / "README.md").exists()
     assert not (directory / "tokenizer_config.json").exists()
+
+
+def test_each_extra_comes_from_the_first_folder_that_has_it(make_model, saved, tmp_path):
+    own, base = tmp_path / "own", tmp_path / "base"
+    for folder, names in ((own, ["chat_template.jinja"]), (base, ["chat_template.jinja", "tokenizer.json"])):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text(folder.name)
+    directory = saved(make_model(), extras=[own, base])
+    assert (directory / "chat_template.jinja").read_text() == "own"
+    assert (directory / "tokenizer.json").read_text() == "base"
+
+
+def test_an_adapter_that_is_not_merged_is_no_model_of_the_released_format(make_model, tmp_path):
+    model = make_model()
+    add_lora(model, Lora(rank=2))
+    with pytest.raises(ValueError, match=r"layers\.0\..* is an adapter that is not merged"):
+        save_model(model, tmp_path / "out", GenerationConfig())
+    assert not (tmp_path / "out").exists()
 
 
 def test_saving_again_with_other_shards_leaves_no_old_weights(make_model, saved):
@@ -101,7 +121,7 @@ def test_saving_over_the_files_a_model_is_mapped_from(make_model, saved):
     loaded = load_model(directory, "cpu")
     with torch.no_grad():
         loaded.norm.weight.add_(1)
-    saved(loaded, extras=directory)
+    saved(loaded, extras=[directory])
     again = load_model(directory, "cpu")
     assert torch.equal(again.norm.weight, model.norm.weight + 1)
     assert torch.equal(again.embed_tokens.weight, loaded.embed_tokens.weight)

@@ -81,6 +81,11 @@ def test_a_file_makes_an_adapter_that_loads(base: Path, data: Path, tmp_path: Pa
     assert all(torch.equal(tensor, lm.model.state_dict()[name]) for name, tensor in merged.model.state_dict().items())
     assert merged.render([{"role": "user", "content": "Hi"}]) == lm.render([{"role": "user", "content": "Hi"}])
 
+    # An adapter is a model like any other: training goes on from it, and what comes out is whole.
+    recipe = Recipe(str(out / "adapter"), {str(data): 1.0}, options=TrainOptions(steps=1))
+    further = dgemma.load(run(recipe, tmp_path / "further", "cpu"), "cpu")
+    assert further.render([{"role": "user", "content": "Hi"}]) == lm.render([{"role": "user", "content": "Hi"}])
+
 
 def test_all_weights_but_the_routers_are_trained(base: Path, data: Path, tmp_path: Path) -> None:
     recipe = Recipe(str(base), {str(data): 1.0}, options=TrainOptions(steps=2, learning_rate=0.01))

@@ -87,6 +87,12 @@ def get(name: str) -> Task:
     return import_module(f"{__name__}.{name}")
 
 
+def prepare(task: Task) -> None:
+    """Makes a task ready to train on: some have more to draw from than measuring waits for."""
+    if hasattr(task, "pool"):
+        task.pool()
+
+
 def items(task: Task, count: int, seed: int, held_out: bool, level: str | None = None) -> list[Item]:
     """`count` items, of one level or of all in turn, either all held out or none of them."""
     rng = random.Random(seed)
