@@ -58,7 +58,7 @@ class Engine:
         jobs: list[Job] = []
         with self._changed:
             self._check_open()
-            waiting = len(self.scheduler.waiting)  # others only take away from it
+            waiting = self.scheduler.queued  # others only take away from it
             if waiting + len(requests) > most:
                 raise QueueFull(f"{waiting} requests are waiting, of at most {most}; try again later")
             try:

@@ -86,6 +86,11 @@ class Scheduler:
         return sum(job.nbytes for job in self.running)
 
     @property
+    def queued(self) -> int:
+        """Requests that wait for a row; cancelled ones have given up their places."""
+        return sum(not job.cancelled for job in self.waiting)
+
+    @property
     def idle(self) -> bool:
         return not (self.waiting or self.running)
 
@@ -107,8 +112,8 @@ class Scheduler:
         pages = Pages(canvas, salt)
         pages.extend(request.prompt)
         with self._lock:
-            if len(self.waiting) >= self.limits.waiting:
-                raise QueueFull(f"{len(self.waiting)} requests are waiting, which is the limit; try again later")
+            if self.queued >= self.limits.waiting:
+                raise QueueFull(f"{self.queued} requests are waiting, which is the limit; try again later")
             job = Job(request, take, ended, pages, next(self._numbers), nbytes)
             self.waiting.append(job)
         return job

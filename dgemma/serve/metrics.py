@@ -28,7 +28,7 @@ class Metrics:
         """Gauges that read the scheduler when they are asked."""
         gauges = {
             "requests_running": ("Requests in work", lambda: len(scheduler.running)),
-            "requests_waiting": ("Requests in the queue", lambda: len(scheduler.waiting)),
+            "requests_waiting": ("Requests in the queue", lambda: scheduler.queued),
             "prefix_cache_bytes": ("Bytes of kept pages", lambda: scheduler.prefixes.nbytes),
         }
         for name, (told, read) in gauges.items():
