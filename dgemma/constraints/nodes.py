@@ -75,7 +75,7 @@ def optional(part: Node | str) -> Node:
     return Repeat(text(part) if isinstance(part, str) else part, 0, 1)
 
 
-def chars(characters: str) -> Node:
+def chars(characters: str) -> Chars:
     """One of these characters."""
     return Chars(tuple((ord(c), ord(c)) for c in sorted(set(characters))))
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from dgemma.decoding.blocks import Request, check_room
 from dgemma.decoding.events import Block, Event, Prefilled
+from dgemma.decoding.pins import UNKNOWN
 from dgemma.decoding.vocabulary import BLOCK, inverse_cdf
 from dgemma.model.cache import Cache
 from dgemma.model.network import DiffusionGemma
@@ -28,7 +29,9 @@ def generate(
     started = perf_counter()
     cache = cache.fork() if cache is not None else model.new_cache(1)
     cached = cache.lengths[0]
-    check_room(model, request, cached, request.options.max_new_tokens)
+    if request.known is not UNKNOWN:
+        raise ValueError("pins, drafts and constraints are for diffusion; the autoregressive mode takes none")
+    check_room(model, request, cached)
     token = request.prompt[-1:]
     model.encode([request.prompt[:-1]], cache)
     request.prompt_tokens = cached + len(request.prompt)

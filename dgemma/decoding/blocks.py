@@ -12,6 +12,7 @@ from dgemma.config import GenerationConfig
 from dgemma.decoding.denoise import Canvas, denoise_step
 from dgemma.decoding.events import Block, Event, Finished, Prefilled
 from dgemma.decoding.noise import Noise
+from dgemma.decoding.pins import UNKNOWN, Known
 from dgemma.model.cache import Cache
 from dgemma.model.network import DiffusionGemma
 
@@ -23,6 +24,7 @@ class Request:
     prompt: Tensor
     options: GenerationConfig
     noise: Noise
+    known: Known = UNKNOWN
     tokens: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     converged: list[bool] = field(default_factory=list)
@@ -33,11 +35,13 @@ class Request:
     commit_seconds: float = 0.0
 
     def settle(self, canvas: Canvas) -> Block:
-        """Takes a settled canvas into the text, up to an end token or the limit."""
-        ends = torch.isin(canvas.best, torch.tensor(self.options.eos_token_id)).nonzero()
-        kept = canvas.best.tolist()[: int(ends[0]) + 1 if len(ends) else None]
-        room = self.options.max_new_tokens - len(self.tokens)
-        if len(ends) and len(kept) <= room:
+        """Takes a settled canvas into the text, up to an end token or the limit; none before the last pin ends it."""
+        ends = torch.isin(canvas.best, torch.tensor(self.options.eos_token_id))
+        ends[: canvas.endless] = False
+        first = ends.nonzero()
+        kept = canvas.best.tolist()[: int(first[0]) + 1 if len(first) else None]
+        room = self.known.length(self.options) - len(self.tokens)
+        if len(first) and len(kept) <= room:
             self.reason = "stop"
         elif len(kept) >= room:
             self.reason = "length"
@@ -63,9 +67,10 @@ def generate(model: DiffusionGemma, requests: Sequence[Request], cache: Cache | 
         cached = request.prompt_tokens - len(request.prompt)
         yield Prefilled(row, len(request.prompt), cached, request.prefill_seconds)
 
-    canvases = [Canvas.begin(model, row, 0, r.options, r.noise) for row, r in enumerate(requests)]
+    canvases = [begin(model, row, request) for row, request in enumerate(requests)]
     while canvases:
-        yield from denoise_step(model, cache.select([c.row for c in canvases]), canvases)
+        if going := [c for c in canvases if not c.done]:
+            yield from denoise_step(model, cache.select([c.row for c in going]), going)
         settled = [c for c in canvases if c.done]
         for canvas in settled:
             request = requests[canvas.row]
@@ -74,7 +79,9 @@ def generate(model: DiffusionGemma, requests: Sequence[Request], cache: Cache | 
                 yield request.finished(canvas.row)
         going_on = [c for c in settled if not requests[c.row].reason]
         commit(model, cache, going_on, requests)
-        canvases = [_next(model, c) if c.done else c for c in canvases if not requests[c.row].reason]
+        canvases = [
+            begin(model, c.row, requests[c.row]) if c.done else c for c in canvases if not requests[c.row].reason
+        ]
 
 
 def prefixes(model: DiffusionGemma, requests: Sequence[Request], cache: Cache | None) -> Cache:
@@ -83,11 +90,10 @@ def prefixes(model: DiffusionGemma, requests: Sequence[Request], cache: Cache | 
     if cache is not None and len(cache.rows) != len(requests):
         raise ValueError(f"the cache has {len(cache.rows)} rows for {len(requests)} requests")
     cache = cache.fork() if cache is not None else model.new_cache(len(requests))
-    canvas = model.config.canvas_length
     for row, request in enumerate(requests):
         if not cache.lengths[row] + len(request.prompt):
             raise ValueError(f"the prompt of row {row} is empty; give at least one token")
-        check_room(model, request, cache.lengths[row], math.ceil(request.options.max_new_tokens / canvas) * canvas)
+        check_room(model, request, cache.lengths[row])
     model.encode([r.prompt for r in requests], cache)
     for row, request in enumerate(requests):
         request.prompt_tokens = cache.lengths[row]
@@ -95,14 +101,20 @@ def prefixes(model: DiffusionGemma, requests: Sequence[Request], cache: Cache | 
     return cache
 
 
-def check_room(model: DiffusionGemma, request: Request, cached: int, new: int) -> None:
-    """ValueError if prompt and `new` positions do not fit behind what is cached."""
-    wanted, have = cached + len(request.prompt) + new, model.config.max_position_embeddings
+def check_room(model: DiffusionGemma, request: Request, cached: int) -> int:
+    """Positions that prompt and answer need behind what is cached, in whole canvases. ValueError if they do not fit,
+    or if what is known of the answer allows none.
+    """
+    request.known.check(request.options, model.config)
+    canvas, have = model.config.canvas_length, model.config.max_position_embeddings
+    own = len(request.prompt) + math.ceil(request.known.length(request.options) / canvas) * canvas
+    wanted = cached + own
     if wanted > have:
         raise ValueError(
             f"prompt and answer need {wanted} positions; the model has {have}: "
             "shorten the prompt or lower max_new_tokens"
         )
+    return own
 
 
 def commit(model: DiffusionGemma, cache: Cache, canvases: Sequence[Canvas], requests: Sequence[Request]) -> None:
@@ -115,5 +127,7 @@ def commit(model: DiffusionGemma, cache: Cache, canvases: Sequence[Canvas], requ
         requests[canvas.row].commit_seconds += (perf_counter() - started) / len(canvases)
 
 
-def _next(model: DiffusionGemma, settled: Canvas) -> Canvas:
-    return Canvas.begin(model, settled.row, settled.block + 1, settled.options, settled.noise)
+def begin(model: DiffusionGemma, row: int, request: Request) -> Canvas:
+    """The request's next canvas."""
+    r = request
+    return Canvas.begin(model, row, len(r.steps), r.options, r.noise, r.known, r.tokens)

@@ -1,5 +1,6 @@
 """One denoising step, written once, for a batch of rows that are each on their own way."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -9,15 +10,22 @@ from torch import Tensor
 
 from dgemma.config import GenerationConfig
 from dgemma.decoding import sampler, vocabulary
+from dgemma.decoding.constraint import Guide
 from dgemma.decoding.events import Step
+from dgemma.decoding.guided import read_guided
 from dgemma.decoding.noise import Noise, stacked
+from dgemma.decoding.pins import UNKNOWN, Known
 from dgemma.model.cache import Cache
 from dgemma.model.network import DiffusionGemma
 
 
 @dataclass
 class Canvas:
-    """A row's canvas on its way from noise to text: what the last step left, and what the stop test remembers."""
+    """A row's canvas on its way from noise to text: what the last step left, and what the stop test remembers.
+
+    pinned: where a token is given, bool [C], and `given` the tokens there, int64 [C]; endless: positions at its
+    beginning where no end token may stand; guide: its part of an automaton.
+    """
 
     row: int
     block: int
@@ -25,17 +33,45 @@ class Canvas:
     noise: Noise
     tokens: Tensor
     soft: Tensor
+    pinned: Tensor
+    given: Tensor
+    level: float = 1.0
+    endless: int = 0
+    guide: Guide | None = None
     steps: int = 0
     still: bool = False
     seconds: float = 0.0
     history: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, model: DiffusionGemma, row: int, block: int, options: GenerationConfig, noise: Noise) -> "Canvas":
-        """Pure noise, and nothing believed yet: self-conditioning starts as zero vectors, not as zero logits."""
-        tokens = noise.canvas(block).to(model.device)
-        nothing = torch.zeros(len(tokens), model.config.hidden_size, dtype=model.dtype, device=model.device)
-        return cls(row, block, options, noise, tokens, nothing)
+    def begin(
+        cls,
+        model: DiffusionGemma,
+        row: int,
+        block: int,
+        options: GenerationConfig,
+        noise: Noise,
+        known: Known = UNKNOWN,
+        said: Sequence[int] = (),
+    ) -> "Canvas":
+        """What is known of it, and noise; `said` are the tokens of all canvases before.
+
+        Nothing is believed yet: self-conditioning starts as zero vectors, not as zero logits.
+        """
+        begin, size = len(said), model.config.canvas_length
+        tokens = known.canvas(noise, block, begin)
+        pinned = torch.zeros(size, dtype=torch.bool)
+        for place, token in known.pins.items():
+            if begin <= place < begin + size:
+                pinned[place - begin], tokens[place - begin] = True, token
+        on_device = tokens.to(model.device)
+        nothing = torch.zeros(size, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        canvas = cls(row, block, options, noise, on_device, nothing, pinned.to(model.device), on_device, known.level)
+        canvas.endless = min(size, max(0, known.pinned_until - begin))
+        canvas.guide = known.guide(options, said, size)
+        if pinned[: known.length(options) - begin].all():  # there is nothing to find out
+            canvas.still, canvas.history = True, [tokens]
+        return canvas
 
     @property
     def best(self) -> Tensor:
@@ -45,7 +81,7 @@ class Canvas:
     @property
     def remaining(self) -> int:
         """Steps left, the coming one included: the temperature follows these, not the steps done."""
-        return self.options.max_denoising_steps - self.steps
+        return math.ceil(self.level * self.options.max_denoising_steps) - self.steps
 
     @property
     def done(self) -> bool:
@@ -60,20 +96,18 @@ def denoise_step(model: DiffusionGemma, cache: Cache, canvases: Sequence[Canvas]
     states = model.denoise_states(
         torch.stack([c.tokens for c in canvases]), cache, torch.stack([c.soft for c in canvases])
     )
-    read = vocabulary.read(
-        model.embed_tokens,
-        states,
-        torch.tensor(temperatures, device=device),
-        stacked([c.noise.uniform(c.block, n) for c, n in zip(canvases, steps, strict=True)], device),
-        soft=any(c.remaining > 1 for c in canvases),
-    )
+    uniform = stacked([c.noise.uniform(c.block, n) for c, n in zip(canvases, steps, strict=True)], device)
+    read = _read(model, states, torch.tensor(temperatures, device=device), uniform, canvases)
+    pinned = torch.stack([c.pinned for c in canvases])
+    if pinned.any():
+        read = _pin(model, read, pinned, torch.stack([c.given for c in canvases]))
     bounds = torch.tensor([c.options.entropy_bound for c in canvases], device=device)
-    accepted = sampler.accept(read.entropy, bounds)
+    accepted = sampler.accept(read.entropy.masked_fill(pinned, math.inf), bounds) | pinned
     fresh = stacked([c.noise.renoise(c.block, n) for c, n in zip(canvases, steps, strict=True)], device)
     greedy = torch.tensor([c.options.greedy for c in canvases], device=device)
     tokens = torch.where(accepted, torch.where(greedy[:, None], read.best, read.proposal), fresh)
 
-    best, means = read.best.cpu(), read.entropy.mean(-1).tolist()
+    best, means = read.best.cpu(), (read.entropy.sum(-1) / (~pinned).sum(-1)).tolist()
     seconds = (perf_counter() - started) / len(canvases)
     events = []
     for b, c in enumerate(canvases):
@@ -86,3 +120,41 @@ def denoise_step(model: DiffusionGemma, cache: Cache, canvases: Sequence[Canvas]
         seen = (best[b], tokens[b].cpu(), accepted[b].cpu(), read.entropy[b].cpu())
         events.append(Step(c.row, c.block, c.steps, temperatures[b], *seen, means[b], c.still))
     return events
+
+
+def _read(
+    model: DiffusionGemma, states: Tensor, temperature: Tensor, uniform: Tensor, canvases: Sequence[Canvas]
+) -> vocabulary.Reading:
+    """What each row believes: the rows that keep to an automaton one by one, all others together."""
+    head, soft = model.embed_tokens, any(c.remaining > 1 for c in canvases)
+    plain = [b for b, c in enumerate(canvases) if c.guide is None]
+    if len(plain) == len(canvases):
+        return vocabulary.read(head, states, temperature, uniform, soft, _banned(canvases, states.device))
+    parts, order = [], [b for b, c in enumerate(canvases) if c.guide]
+    for b in order:
+        row, guide = slice(b, b + 1), canvases[b].guide
+        assert guide
+        parts.append(read_guided(head, states[row], temperature[row], uniform[row], guide, soft))
+    if plain:
+        banned = _banned([canvases[b] for b in plain], states.device)
+        parts.append(vocabulary.read(head, states[plain], temperature[plain], uniform[plain], soft, banned))
+    return vocabulary.joined(parts, 0).rows([(order + plain).index(b) for b in range(len(canvases))])
+
+
+def _banned(canvases: Sequence[Canvas], device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """End tokens [N], and where they cannot stand, bool [B, C, N]; None if they can stand anywhere."""
+    if not any(c.endless for c in canvases):
+        return None
+    ends = sorted({token for c in canvases for token in c.options.eos_token_id})
+    own = torch.tensor([[token in c.options.eos_token_id for token in ends] for c in canvases])
+    early = torch.arange(len(canvases[0].tokens)) < torch.tensor([c.endless for c in canvases])[:, None]
+    return torch.tensor(ends, device=device), (early[..., None] & own[:, None]).to(device)
+
+
+def _pin(model: DiffusionGemma, read: vocabulary.Reading, pinned: Tensor, given: Tensor) -> vocabulary.Reading:
+    """Beliefs in which the given tokens [B, C] are certain."""
+    soft = read.soft
+    if soft is not None:
+        soft = torch.where(pinned[..., None], model.embed_tokens(given), soft)
+    best, proposal = (torch.where(pinned, given, tokens) for tokens in (read.best, read.proposal))
+    return vocabulary.Reading(best, read.entropy.masked_fill(pinned, 0), proposal, soft)

@@ -6,6 +6,7 @@ time, in place, which stays in the processor's cache.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +30,34 @@ class Reading:
     proposal: Tensor
     soft: Tensor | None
 
+    def rows(self, order: Sequence[int]) -> "Reading":
+        chosen = list(order)
+        soft = None if self.soft is None else self.soft[chosen]
+        return Reading(self.best[chosen], self.entropy[chosen], self.proposal[chosen], soft)
+
+
+def joined(parts: Sequence[Reading], dim: int) -> Reading:
+    """Rows (0) or positions (1) that were read apart as one reading."""
+    columns = zip(*((part.best, part.entropy, part.proposal) for part in parts), strict=True)
+    best, entropy, proposal = (torch.cat(column, dim) for column in columns)
+    soft = [part.soft for part in parts if part.soft is not None]
+    return Reading(best, entropy, proposal, torch.cat(soft, dim) if soft else None)
+
 
 @torch.no_grad()
-def read(head: TiedEmbedding, states: Tensor, temperature: Tensor, uniform: Tensor, soft: bool = True) -> Reading:
+def read(
+    head: TiedEmbedding,
+    states: Tensor,
+    temperature: Tensor,
+    uniform: Tensor,
+    soft: bool = True,
+    banned: tuple[Tensor, Tensor] | None = None,
+) -> Reading:
     """Statistics of softmax(logits / temperature) for states [B, C, hidden], temperatures [B] and uniforms [B, C].
 
     best: arg-max; entropy: float32 nats; proposal: the smallest token v with cumsum(p)[v] > uniform. The expected
     embedding is made of the float32 probabilities; the reference rounds the logits to the weights' dtype before.
+    banned: tokens [N], and whether each of them cannot stand at a position, bool [B, C, N].
     """
     shape, hidden, size = states.shape[:2], states.shape[-1], head.num_embeddings
     x, u = states.reshape(-1, hidden), uniform.reshape(-1)
@@ -56,6 +78,8 @@ def read(head: TiedEmbedding, states: Tensor, temperature: Tensor, uniform: Tens
             n, rows = len(part), slice(first + start, first + start + len(part))
             z, w = exponents[:n, :size], weights[:n, :size]
             log2_weights_(z.copy_(part), head.cap, t[rows])
+            if banned is not None:
+                z[:, banned[0]] = z[:, banned[0]].masked_fill(banned[1].flatten(0, 1)[rows], NEVER)
             best[rows], top = maximum(exponents[:n])
             torch.exp2(z.sub_(top), out=w)
             total[rows] = w.sum(-1)
@@ -70,6 +94,10 @@ def read(head: TiedEmbedding, states: Tensor, temperature: Tensor, uniform: Tens
         del scores  # before the next ones are made: the allocator then uses the same memory again
     view = lambda y: y.view(*shape)  # noqa: E731
     return Reading(view(best), view(entropy), view(proposal), None if expected is None else expected.view_as(states))
+
+
+NEVER = -1e30
+"""The logarithm of no weight at all, finite so that its differences and products are numbers."""
 
 
 def log2_weights_(scores: Tensor, cap: float, temperature: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dgemma.decoding.blocks import Request, check_room
+from dgemma.decoding.blocks import Request, begin, check_room
 from dgemma.decoding.denoise import Canvas, denoise_step
 from dgemma.decoding.events import Event, Prefilled
 from dgemma.engine.prefix import Pages, PrefixCache
@@ -100,16 +100,14 @@ class Scheduler:
         """Queues a request. ValueError if it could never fit; QueueFull if it does not fit now."""
         if not len(request.prompt):
             raise ValueError("the prompt is empty; give at least one token")
-        canvas = self.model.config.canvas_length
-        new = -(-request.options.max_new_tokens // canvas) * canvas
-        check_room(self.model, request, 0, new)
-        nbytes = self.model.config.cache_bytes(len(request.prompt) + new, self.model.dtype.itemsize)
+        positions = check_room(self.model, request, 0)
+        nbytes = self.model.config.cache_bytes(positions, self.model.dtype.itemsize)
         if nbytes > self.limits.cache_bytes:
             raise ValueError(
                 f"prompt and answer need {nbytes >> 20} MiB of cache; the engine has "
                 f"{self.limits.cache_bytes >> 20}: shorten the prompt or lower max_new_tokens"
             )
-        pages = Pages(canvas, salt)
+        pages = Pages(self.model.config.canvas_length, salt)
         pages.extend(request.prompt)
         with self._lock:
             if self.queued >= self.limits.waiting:
@@ -202,29 +200,26 @@ class Scheduler:
         if job.pending is not None:
             request.commit_seconds += seconds
             job.pending = None
-            self._begin(job, len(request.steps))
+            job.canvas = begin(self.model, job.number, request)
             return
         request.prefill_seconds += seconds
         if not job.prompt_left:
             request.prompt_tokens = len(request.prompt)
             encoded = len(request.prompt) - job.cached
             self._tell(job, Prefilled(job.number, encoded, job.cached, request.prefill_seconds))
-            self._begin(job, 0)
-
-    def _begin(self, job: Job, block: int) -> None:
-        job.canvas = Canvas.begin(self.model, job.number, block, job.request.options, job.request.noise)
+            job.canvas = begin(self.model, job.number, request)
 
     def _denoise(self) -> None:
         jobs = [job for job in self.running if job.canvas is not None and job.error is None]
-        if not jobs:
-            return
+        going = [job for job in jobs if job.canvas and not job.canvas.done]
 
         def denoise(some: Sequence[Job]) -> None:
             events = denoise_step(self.model, self._cache(some), [job.canvas for job in some if job.canvas])
             for job, event in zip(some, events, strict=True):
                 self._tell(job, event)
 
-        self._isolated(denoise, jobs, jobs)
+        if going:
+            self._isolated(denoise, going, going)
         for job in jobs:
             if job.error is None and job.canvas is not None and job.canvas.done:
                 self._settle(job, job.canvas)

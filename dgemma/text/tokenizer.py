@@ -93,6 +93,24 @@ class Tokenizer:
         pieces = self._broken.split(text) if BREAK in text else [text]
         return [i for piece in pieces for i in self.backend.encode(piece, add_special_tokens=False).ids]
 
+    def spellings(self) -> dict[int, bytes]:
+        """The bytes of each token that is text; special tokens are none.
+
+        ValueError for a tokenizer whose tokens are spelled otherwise than with ▁ for a blank and <0xE2> for a byte.
+        """
+        decoder = json.loads(self.backend.to_str()).get("decoder") or {}
+        parts = decoder.get("decoders", [decoder])
+        blank = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+        if not parts or any(part != blank and part.get("type") not in ("ByteFallback", "Fuse") for part in parts):
+            raise ValueError("constraints need a tokenizer that writes ▁ for a blank and <0xE2> for a byte")
+        found = {}
+        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
+            if i in self.byte_ids:
+                found[i] = bytes([int(token[3:5], 16)])
+            elif i not in self.special_ids and token:
+                found[i] = (token if token in self.added else token.replace("▁", " ")).encode()
+        return found
+
     def plain(self, text: str) -> str:
         """Mark `text` so that `encode` reads its special tokens as ordinary characters.
 

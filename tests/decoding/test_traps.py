@@ -106,21 +106,23 @@ def zero_logits_on_the_first_step() -> list[Change]:
 
 
 def stale_self_conditioning_in_a_new_block() -> list[Change]:
-    begin_next = blocks._next
+    begin, last = blocks.begin, {}
 
-    def stale(model: Any, settled: Canvas) -> Canvas:
-        canvas = begin_next(model, settled)
-        canvas.soft = settled.soft
+    def stale(model: Any, row: int, request: Request) -> Canvas:
+        canvas = begin(model, row, request)
+        if request.steps:
+            canvas.soft = last[row].soft
+        last[row] = canvas
         return canvas
 
-    return [(blocks, "_next", stale)]
+    return [(blocks, "begin", stale)]
 
 
 def feeds_back_unscaled_logits() -> list[Change]:
     read = vocabulary.read
 
-    def unscaled(head: Any, states: Tensor, temperature: Tensor, uniform: Tensor, soft: bool = True) -> Any:
-        reading = read(head, states, temperature, uniform, soft)
+    def unscaled(head: Any, states: Tensor, temperature: Tensor, uniform: Tensor, *rest: Any) -> Any:
+        reading = read(head, states, temperature, uniform, *rest)
         return replace(reading, soft=read(head, states, torch.ones_like(temperature), uniform).soft)
 
     return [(vocabulary, "read", unscaled)]
@@ -222,15 +224,16 @@ def answers_are_whole_canvases() -> list[Change]:
 
 
 def last_canvas_is_cut_to_the_limit() -> list[Change]:
-    begin = blocks._next
+    begin = blocks.begin
 
-    def short(model: Any, settled: Canvas) -> Canvas:
-        canvas = begin(model, settled)
-        kept = C - -canvas.options.max_new_tokens % C
-        canvas.tokens = torch.cat((canvas.tokens[:kept], canvas.tokens.new_zeros(C - kept)))
+    def short(model: Any, row: int, request: Request) -> Canvas:
+        canvas = begin(model, row, request)
+        if request.steps:
+            kept = C - -canvas.options.max_new_tokens % C
+            canvas.tokens = torch.cat((canvas.tokens[:kept], canvas.tokens.new_zeros(C - kept)))
         return canvas
 
-    return [(blocks, "_next", short)]
+    return [(blocks, "begin", short)]
 
 
 def finished_counts_as_converged() -> list[Change]:
