@@ -1,6 +1,6 @@
 """LanguageModel: a network, its tokenizer and its defaults, from text to text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -12,10 +12,13 @@ from dgemma.checkpoints.adapters import load_adapter
 from dgemma.checkpoints.load import load_model
 from dgemma.checkpoints.source import defaults_of, folders_of, holder, resolve
 from dgemma.config import GenerationConfig
+from dgemma.constraints.compile import Constraint, compiled
 from dgemma.decoding import autoregressive as left_to_right
 from dgemma.decoding import blocks
+from dgemma.decoding.constraint import TokenAutomaton
 from dgemma.decoding.events import Event, Finished
 from dgemma.decoding.noise import Noise
+from dgemma.decoding.pins import Known
 from dgemma.model.cache import Cache
 from dgemma.model.lora import merge_lora
 from dgemma.model.network import DiffusionGemma
@@ -78,6 +81,10 @@ class LanguageModel:
         cache: Cache | None = None,
         autoregressive: bool = False,
         temperature: float = 0.0,
+        constraint: Constraint | None = None,
+        pins: Mapping[int, int] | None = None,
+        draft: str | Sequence[int] = (),
+        noise_level: float = 1.0,
         **options: Any,
     ) -> Iterator[Event]:
         """The events of one answer as they happen, from Prefilled to Finished.
@@ -86,14 +93,28 @@ class LanguageModel:
         encoded prefix of one row that the prompt continues; it stays as it is. autoregressive: the same weights left
         to right, at `temperature`. options: fields of GenerationConfig, over the checkpoint's own; a wrong one is a
         ValueError that names it.
+
+        constraint: what the answer must match, whatever the model believes: a JSON schema (a dictionary), a regular
+        expression (a string), a list of choices, or `dgemma.grammar(...)`. pins: tokens by their position in the
+        answer, which stay as they are; they cost nothing of max_new_tokens. draft: text or tokens that the canvas
+        begins with instead of noise, of which the share `noise_level`, above 0, is noise all the same.
         """
         tokens = torch.tensor(self.tokens(prompt, think=think, tools=tools), dtype=torch.int64)
-        request = blocks.Request(tokens, self.defaults.with_options(**options), noise[0] if noise else self.noise(seed))
+        config = self.defaults.with_options(**options)
+        drafted = tuple(self.tokenizer.encode(draft) if isinstance(draft, str) else draft)
+        automaton = None if constraint is None else self.automaton(constraint, config, think)
+        known = Known(pins or {}, drafted, noise_level, automaton)
+        request = blocks.Request(tokens, config, noise[0] if noise else self.noise(seed), known)
         if autoregressive:
             return left_to_right.generate(self.model, request, cache, temperature)
         if temperature:
             raise ValueError("temperature is for the autoregressive mode; diffusion has t_min and t_max")
         return blocks.generate(self.model, [request], cache)
+
+    def automaton(self, constraint: Constraint, config: GenerationConfig, think: bool = False) -> TokenAutomaton:
+        """What keeps an answer to a constraint; ValueError says what in it cannot be kept to."""
+        ends, pad = config.eos_token_id, config.pad_token_id
+        return compiled(constraint, self.tokenizer, self.model.config.vocab_size, ends, pad, think)
 
     def noise(self, seed: int) -> Noise:
         """The draws that a seed stands for."""

@@ -1,6 +1,7 @@
 """An automaton over bytes carried over to a tokenizer's tokens."""
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +65,7 @@ class _Ways:
 
     def of(self, data: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """The ways of texts: of data[begins[i] : begins[i] + lengths[i]], all at least one byte long."""
-        ways: np.ndarray = np.full(len(begins), self.add(np.arange(len(self.steps))))
+        ways: Any = np.full(len(begins), self.add(np.arange(len(self.steps))))
         for depth in range(int(lengths.max(initial=0))):
             going = ((lengths > depth) & (ways != DEAD)).nonzero()[0]
             kinds = self.kinds.shape[1]

@@ -29,7 +29,7 @@ def generate(
     started = perf_counter()
     cache = cache.fork() if cache is not None else model.new_cache(1)
     cached = cache.lengths[0]
-    if request.known is not UNKNOWN:
+    if request.known != UNKNOWN:
         raise ValueError("pins, drafts and constraints are for diffusion; the autoregressive mode takes none")
     check_room(model, request, cached)
     token = request.prompt[-1:]
