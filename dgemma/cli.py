@@ -13,8 +13,9 @@ import typer
 from dgemma import embedded
 from dgemma.bench.cli import app as bench
 from dgemma.checkpoints.source import folders_of, resolve
+from dgemma.commands import edit, infill
 from dgemma.evals.cli import evaluate
-from dgemma.flags import Device, Dtype, Model, UsageError, check_folders, checked, config_flags
+from dgemma.flags import Device, Dtype, Model, UsageError, check_folders, checked, config_flags, constraint_of
 from dgemma.serve.cli import serve
 from dgemma.train.cli import teach, train
 
@@ -46,6 +47,8 @@ app.command("train")(train)
 app.command("teach")(teach)
 app.command("eval")(evaluate)
 app.command("serve")(serve)
+app.command("infill")(infill)
+app.command("edit")(edit)
 
 
 @app.callback(invoke_without_command=True)
@@ -66,6 +69,10 @@ def run(
     pace: Annotated[float | None, typer.Option(help="seconds that --visual shows each step, at least")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the result with its telemetry as JSON")] = False,
     trace: Annotated[Path | None, typer.Option(help="record each step here, for `dgemma trace`")] = None,
+    schema: Annotated[str | None, typer.Option(help="JSON schema that the answer keeps to: a FILE or JSON")] = None,
+    regex: Annotated[str | None, typer.Option(help="regular expression that the whole answer matches")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="an answer that is allowed; may be given again")] = None,
+    grammar: Annotated[Path | None, typer.Option(help="FILE with a grammar in Lark's notation")] = None,
     seed: Seed = None,
     autoregressive: Autoregressive = False,
     temperature: Temperature = None,
@@ -81,6 +88,9 @@ def run(
         raise UsageError("--pace takes 0 to 60 seconds" if visual else "--pace has no effect without --visual")
     check_folders(trace)
     options = _options(config, seed, visual, autoregressive, temperature)
+    constraint = constraint_of(schema, regex, choice, grammar)
+    if constraint is not None and autoregressive:
+        raise UsageError("constraints are for diffusion: --autoregressive takes none")
     text = _prompt(prompt)
     directory = checked(model, config)
     task = embedded.task(directory)
@@ -93,7 +103,7 @@ def run(
     lm = _load(model, directory, device, dtype, think)
     messages = [{"role": "system", "content": system}] if system else []
     asked = [*messages, {"role": "user", "content": text}] if system else text
-    events = lm.stream(asked, think=think, **options)
+    events = lm.stream(asked, think=think, constraint=constraint, **options)
     if trace:
         from dgemma.terminal.replay import recorded
 

@@ -1,15 +1,19 @@
 """What commands share: flags made from GenerationConfig, the error of a wrong call. Importing this imports no torch."""
 
 import inspect
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from dgemma.checkpoints.source import defaults_of, folders_of, resolve
 from dgemma.config import GenerationConfig
+
+if TYPE_CHECKING:
+    from dgemma.constraints.compile import Constraint
 
 ALIASES = {"max_new_tokens": ("-n",), "max_denoising_steps": ("--steps",)}
 
@@ -67,3 +71,27 @@ def check_folders(*files: Path | None) -> None:
     for file in files:
         if file and not file.absolute().parent.is_dir():
             raise UsageError(f"there is no folder {file.parent} to write {file.name} to")
+
+
+def constraint_of(
+    schema: str | None, regex: str | None, choices: Sequence[str] | None, grammar: Path | None
+) -> "Constraint | None":
+    """What an answer is to keep to; UsageError for more than one of them, or one that cannot be kept to."""
+    given = [value for value in (schema, regex, choices or None, grammar) if value is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise UsageError("--schema, --regex, --choice and --grammar exclude each other")
+    from dgemma.constraints.compile import node_of
+    from dgemma.constraints.grammar import grammar as read_grammar
+
+    constraint: Any = regex if regex is not None else choices
+    try:
+        if grammar is not None:
+            constraint = read_grammar(grammar.read_text("utf-8"))
+        elif schema is not None:
+            constraint = json.loads(schema if schema.lstrip().startswith("{") else Path(schema).read_text("utf-8"))
+        node_of(constraint)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return constraint

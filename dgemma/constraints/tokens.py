@@ -38,8 +38,8 @@ def lift(automaton: Automaton, tokenizer: Tokenizer, size: int, ends: tuple[int,
             way[:count][automaton.accepting] = end
         way[end] = end
         classes[token] = ways.add(way)
-    kept, classes = np.unique(np.append(classes, DEAD), return_inverse=True)
-    return TokenAutomaton(classes[:-1].astype(np.int32), ways.table(kept), np.append(automaton.accepting, True))
+    kept, numbered = np.unique(np.append(classes, DEAD), return_inverse=True)
+    return TokenAutomaton(numbered[:-1].astype(np.int32), ways.table(kept), np.append(automaton.accepting, True))
 
 
 class _Ways:

@@ -10,11 +10,14 @@ into labels, of which there are few. Weights are binary logarithms, float64.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
 from dgemma.decoding.vocabulary import NEVER
 
+MANY = 256
+"""Tokens from which on a class is added up by itself."""
 SMALL = 2.0**-800
 """Sums above it have lost nothing to underflow that could be seen in them."""
 
@@ -46,7 +49,7 @@ class TokenAutomaton:
             targets = self.table[:, self.classes[pin]]
             return ends[targets] & (targets >= 0)
         found = np.zeros_like(ends)
-        found[self.arcs.by_source.keys] = self.arcs.by_source.most(ends[self.arcs.target])
+        found[self.arcs.by_source.keys] = self.arcs.by_source.most(ends[self.arcs.targets])
         return found
 
     @cached_property
@@ -61,13 +64,22 @@ class TokenAutomaton:
         return np.searchsorted(self.classes[self.order], np.arange(1, self.table.shape[1] + 1))
 
     @cached_property
+    def runs(self) -> list[np.ndarray]:
+        """`bounds` in pieces that share their ends: a class of MANY tokens alone, and those between them together."""
+        cuts = {0, len(self.bounds) - 1}
+        for kind in (np.diff(self.bounds) >= MANY).nonzero()[0].tolist():
+            cuts |= {kind, kind + 1}
+        ordered = sorted(cuts)
+        return [self.bounds[a : b + 1] for a, b in pairwise(ordered)]
+
+    @cached_property
     def arcs(self) -> "Arcs":
         return Arcs.of(self.table)
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Places in the order of a key, and where each distinct key begins among them."""
+    """Places in the order of a key, and where each distinct key begins among them; values come in that order."""
 
     order: np.ndarray
     begins: np.ndarray
@@ -80,51 +92,59 @@ class Groups:
         distinct, begins, counts = np.unique(keys[order], return_index=True, return_counts=True)
         return cls(order, begins, counts, distinct)
 
-    def sum(self, values: np.ndarray) -> np.ndarray:
+    def sum(self, ordered: np.ndarray) -> np.ndarray:
         """Sums of each group, along the last axis."""
-        return np.add.reduceat(values[..., self.order], self.begins, axis=-1)
+        return np.add.reduceat(ordered, self.begins, axis=-1)
 
-    def most(self, values: np.ndarray) -> np.ndarray:
+    def most(self, ordered: np.ndarray) -> np.ndarray:
         """Maxima likewise."""
-        return np.maximum.reduceat(values[..., self.order], self.begins, axis=-1)
+        return np.maximum.reduceat(ordered, self.begins, axis=-1)
 
-    def logsum(self, values: np.ndarray) -> np.ndarray:
+    def logsum(self, ordered: np.ndarray) -> np.ndarray:
         """log2 of the sums of 2^values."""
-        most = self.most(values)
-        weights = np.exp2(values[..., self.order] - np.repeat(most, self.counts, axis=-1))
-        return most + np.log2(np.add.reduceat(weights, self.begins, axis=-1))
+        most = self.most(ordered)
+        return most + np.log2(self.sum(np.exp2(ordered - np.repeat(most, self.counts, axis=-1))))
 
 
 @dataclass(frozen=True)
 class Arcs:
-    """The pairs (source, target) of states that a token joins, [P], each with its label: the classes that join them.
+    """The pairs (source, target) of states that a token joins, [P], label by label.
 
-    kinds: the classes of all labels, label by label, [M]; by_label, by_kind: the M grouped by label and by class;
-    by_source, by_target: the P by state; pairs: the P by label.
+    labels: the P by label; source, target: their states. kinds: the classes of each label, label by label, [M], in the
+    groups `members`; by_kind: the M by class, and `owner` the label of each in that order. by_source, by_target: the P
+    by state, and `targets`, `sources` their other states in those orders.
     """
 
     source: np.ndarray
     target: np.ndarray
     label: np.ndarray
+    labels: Groups
     kinds: np.ndarray
-    by_label: Groups
+    members: Groups
     by_kind: Groups
+    owner: np.ndarray
     by_source: Groups
+    targets: np.ndarray
     by_target: Groups
-    pairs: Groups
+    sources: np.ndarray
 
     @classmethod
     def of(cls, table: np.ndarray) -> "Arcs":
         source, kind = (table >= 0).nonzero()
         joined = Groups.of(source.astype(np.int64) * len(table) + table[source, kind])
-        labels: dict[bytes, int] = {}
+        numbers: dict[bytes, int] = {}
         parts = np.split(kind[joined.order], joined.begins[1:])
-        label = np.array([labels.setdefault(part.tobytes(), len(labels)) for part in parts])
-        members = [np.frombuffer(key, kind.dtype) for key in labels]
-        kinds, owner = np.concatenate(members), np.repeat(np.arange(len(members)), [*map(len, members)])
-        source, target = np.divmod(joined.keys, len(table))
-        groups = (owner, kinds, source, target, label)
-        return cls(source, target, label, kinds, *map(Groups.of, groups))
+        label = np.array([numbers.setdefault(part.tobytes(), len(numbers)) for part in parts])
+        by_label = np.argsort(label, kind="stable")
+        label = label[by_label]
+        source, target = np.divmod(joined.keys[by_label], len(table))
+        lists = [np.frombuffer(key, kind.dtype) for key in numbers]
+        kinds, owner = np.concatenate(lists), np.repeat(np.arange(len(lists)), [*map(len, lists)])
+        by_kind, by_source, by_target = map(Groups.of, (kinds, source, target))
+        return cls(
+            *(source, target, label, Groups.of(label), kinds, Groups.of(owner), by_kind, owner[by_kind.order]),
+            *(by_source, target[by_source.order], by_target, source[by_target.order]),
+        )
 
 
 @dataclass(frozen=True)
@@ -156,12 +176,11 @@ class Guide:
         """From log2 weights of the classes at each position: `sums` over their tokens, and `peaks`, [C, K] each."""
         arcs = self.automaton.arcs
         sums, peaks = self._pinned(sums), self._pinned(peaks)
-        by_pair = arcs.by_label.logsum(sums[:, arcs.kinds])[:, arcs.label]
-        ahead, behind = self._messages(by_pair)
-        by_label = arcs.pairs.logsum(ahead[:-1, arcs.source] + behind[1:, arcs.target])
+        ahead, behind = self._messages(arcs.members.logsum(sums[:, arcs.kinds])[:, arcs.label])
+        by_label = arcs.labels.logsum(ahead[:-1, arcs.source] + behind[1:, arcs.target])
         bonus = np.full_like(sums, NEVER)
-        bonus[:, arcs.by_kind.keys] = arcs.by_kind.logsum(by_label[:, np.repeat(arcs.pairs.keys, arcs.by_label.counts)])
-        likeliest = arcs.by_label.most(peaks[:, arcs.kinds])[:, arcs.label]
+        bonus[:, arcs.by_kind.keys] = arcs.by_kind.logsum(by_label[:, arcs.owner])
+        likeliest = arcs.members.most(peaks[:, arcs.kinds])[:, arcs.label]
         best, _ = self._walk(peaks, self._backward(likeliest, arcs.by_source.most), None)
         return Solution(bonus, best, *self._walk(sums, behind, uniform))
 
@@ -180,11 +199,11 @@ class Guide:
         weights = np.exp2(by_pair - by_pair.max(-1, keepdims=True))
         ahead, behind = (np.zeros((len(weights) + 1, len(self.ends))) for _ in range(2))
         ahead[0, self.state], behind[-1, self.ends] = 1, 1
-        for i, here in enumerate(weights):
-            found = arcs.by_target.sum(ahead[i, arcs.source] * here)
+        for i, here in enumerate(weights[:, arcs.by_target.order]):
+            found = arcs.by_target.sum(ahead[i, arcs.sources] * here)
             ahead[i + 1, arcs.by_target.keys] = found / (found.max() or 1)
-        for i in range(len(weights) - 1, -1, -1):
-            found = arcs.by_source.sum(behind[i + 1, arcs.target] * weights[i])
+        for i, here in reversed([*enumerate(weights[:, arcs.by_source.order])]):
+            found = arcs.by_source.sum(behind[i + 1, arcs.targets] * here)
             behind[i, arcs.by_source.keys] = found / (found.max() or 1)
         if (ahead * behind).sum(-1).min() > SMALL:
             with np.errstate(divide="ignore"):
@@ -196,16 +215,16 @@ class Guide:
         arcs = self.automaton.arcs
         ahead = np.full((len(by_pair) + 1, len(self.ends)), NEVER)
         ahead[0, self.state] = 0
-        for i, here in enumerate(by_pair):
-            ahead[i + 1, arcs.by_target.keys] = arcs.by_target.logsum(ahead[i, arcs.source] + here)
+        for i, here in enumerate(by_pair[:, arcs.by_target.order]):
+            ahead[i + 1, arcs.by_target.keys] = arcs.by_target.logsum(ahead[i, arcs.sources] + here)
         return ahead
 
     def _backward(self, by_pair: np.ndarray, join: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         arcs = self.automaton.arcs
         behind = np.full((len(by_pair) + 1, len(self.ends)), NEVER)
         behind[-1, self.ends] = 0
-        for i in range(len(by_pair) - 1, -1, -1):
-            behind[i, arcs.by_source.keys] = join(behind[i + 1, arcs.target] + by_pair[i])
+        for i, here in reversed([*enumerate(by_pair[:, arcs.by_source.order])]):
+            behind[i, arcs.by_source.keys] = join(behind[i + 1, arcs.targets] + here)
         return behind
 
     def _walk(

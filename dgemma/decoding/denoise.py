@@ -129,26 +129,28 @@ def _read(
     head, soft = model.embed_tokens, any(c.remaining > 1 for c in canvases)
     plain = [b for b, c in enumerate(canvases) if c.guide is None]
     if len(plain) == len(canvases):
-        return vocabulary.read(head, states, temperature, uniform, soft, _banned(canvases, states.device))
+        return vocabulary.read(head, states, temperature, uniform, soft, _banned(model, canvases))
     parts, order = [], [b for b, c in enumerate(canvases) if c.guide]
     for b in order:
         row, guide = slice(b, b + 1), canvases[b].guide
         assert guide
         parts.append(read_guided(head, states[row], temperature[row], uniform[row], guide, soft))
     if plain:
-        banned = _banned([canvases[b] for b in plain], states.device)
+        banned = _banned(model, [canvases[b] for b in plain])
         parts.append(vocabulary.read(head, states[plain], temperature[plain], uniform[plain], soft, banned))
     return vocabulary.joined(parts, 0).rows([(order + plain).index(b) for b in range(len(canvases))])
 
 
-def _banned(canvases: Sequence[Canvas], device: torch.device) -> tuple[Tensor, Tensor] | None:
+def _banned(model: DiffusionGemma, canvases: Sequence[Canvas]) -> tuple[Tensor, Tensor] | None:
     """End tokens [N], and where they cannot stand, bool [B, C, N]; None if they can stand anywhere."""
     if not any(c.endless for c in canvases):
         return None
-    ends = sorted({token for c in canvases for token in c.options.eos_token_id})
-    own = torch.tensor([[token in c.options.eos_token_id for token in ends] for c in canvases])
+    known = {token for c in canvases for token in c.options.eos_token_id}
+    ends = sorted(token for token in known if token < model.config.vocab_size)
+    own = torch.tensor([[token in c.options.eos_token_id for token in ends] for c in canvases], dtype=torch.bool)
     early = torch.arange(len(canvases[0].tokens)) < torch.tensor([c.endless for c in canvases])[:, None]
-    return torch.tensor(ends, device=device), (early[..., None] & own[:, None]).to(device)
+    banned = early[..., None] & own[:, None]
+    return torch.tensor(ends, dtype=torch.int64, device=model.device), banned.to(model.device)
 
 
 def _pin(model: DiffusionGemma, read: vocabulary.Reading, pinned: Tensor, given: Tensor) -> vocabulary.Reading:

@@ -1,14 +1,20 @@
-"""The pass over the vocabulary for a row that keeps to an automaton: sums by class, the solution, then the beliefs."""
+"""The pass over the vocabulary for a row that keeps to an automaton: sums by class, the solution, then the beliefs.
+
+Everything lies token by position, tokens class by class: a class is then one piece of memory.
+"""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dgemma.decoding.constraint import Guide
-from dgemma.decoding.vocabulary import NEVER, TILE_BYTES, Reading, joined, log2_weights_, read
+from dgemma.decoding.constraint import Guide, TokenAutomaton
+from dgemma.decoding.vocabulary import NEVER, Reading, joined, log2_weights_, read
 from dgemma.model.head import TiedEmbedding
+
+TILE_BYTES = 8 << 20
 
 
 @torch.no_grad()
@@ -21,58 +27,84 @@ def read_guided(
     of them. Positions behind the guide's length are bound by nothing.
     """
     n, a = guide.length, guide.automaton
-    scores = head.scores(states[0, :n])
-    rows = max(1, TILE_BYTES // (4 * scores.shape[-1]))
-    tiles = [slice(i, min(n, i + rows)) for i in range(0, n, rows)]
-    live = torch.from_numpy(a.order).to(scores.device)
-
-    def beliefs(tile: slice) -> Tensor:
-        """log2 weights of the tokens that may stand somewhere, class by class."""
-        return log2_weights_(scores[tile].index_select(1, live).float(), head.cap, temperature[:, None])
-
-    sums, peaks = np.empty((n, a.table.shape[1])), np.empty((n, a.table.shape[1]))
+    order = torch.from_numpy(a.order).to(states.device)
+    of_all = head.scores_by_token(states[0, :n])
+    scores = of_all.index_select(0, order)
+    columns = max(1, TILE_BYTES // (4 * len(order)))
+    tiles = [slice(i, min(n, i + columns)) for i in range(0, n, columns)]
+    z = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+    peaks, sums = (np.full((n, a.table.shape[1]), NEVER) for _ in range(2))
     for tile in tiles:
-        sums[tile], peaks[tile] = by_class(beliefs(tile).numpy(force=True), a.bounds)
+        z[:, tile] = log2_weights_(scores[:, tile].float(), head.cap, temperature)
+        peaks[tile, 1:], sums[tile, 1:] = by_class(z[:, tile], a)
     solution = guide.solve(sums, peaks, uniform[0, :n].double().numpy(force=True))
 
     best, proposal = torch.empty(1, n, dtype=torch.int64), torch.empty(1, n, dtype=torch.int64)
     entropy, total = (torch.empty(1, n, device=scores.device) for _ in range(2))
-    bonus = torch.from_numpy(solution.bonus[:, 1:].astype(np.float32)).to(scores.device)
+    bonus = torch.from_numpy(solution.bonus[:, 1:].T.astype(np.float32)).to(scores.device)
     sizes = torch.from_numpy(np.diff(a.bounds)).to(scores.device)
+    best[0] = _chosen(z, a, solution.best, lambda rows, places: rows.argmax(0))
+    left = torch.from_numpy(solution.left).to(scores.device)
+    proposal[0] = _chosen(z, a, solution.drawn, lambda rows, places: _draw(rows, left[places]))
     for tile in tiles:
-        z = beliefs(tile)
-        for i, row in enumerate(z, tile.start):
-            first, last = a.bounds[solution.best[i] - 1 : solution.best[i] + 1]
-            best[0, i] = a.order[first + int(row[first:last].argmax())]
-            first, last = a.bounds[solution.drawn[i] - 1 : solution.drawn[i] + 1]
-            ends = (row[first:last] - row[first:last].max()).exp2().cumsum(-1)
-            chosen = int(torch.searchsorted(ends, ends[-1] * solution.left[i], right=True))
-            proposal[0, i] = a.order[first + min(chosen, int((ends < ends[-1]).sum()))]
-        z += bonus[tile].repeat_interleave(sizes, 1, output_size=len(live))
-        z -= z.amax(-1, keepdim=True)
-        weights = z.exp2()
-        total[0, tile] = weights.sum(-1)
+        beliefs = z[:, tile] + bonus[:, tile].repeat_interleave(sizes, 0, output_size=len(z))
+        beliefs -= beliefs.amax(0)
+        weights = beliefs.exp2()
+        total[0, tile] = weights.sum(0)
         # H = log Z - E[log weight]
-        entropy[0, tile] = total[0, tile].log() - math.log(2) * z.mul_(weights).sum(-1) / total[0, tile]
-        scores[tile] = 0
-        scores[tile, live] = weights.to(scores.dtype)
-    expected = (scores @ head.weight)[None] * (head.scale / total)[..., None] if soft else None
+        entropy[0, tile] = total[0, tile].log() - math.log(2) * beliefs.mul_(weights).sum(0) / total[0, tile]
+        scores[:, tile] = weights
+    expected = None
+    if soft:
+        expected = of_all.zero_().index_copy_(0, order, scores).T @ head.weight
+        expected = (expected[None] * (head.scale / total)[..., None]).to(states.dtype)
     found = Reading(best.to(scores.device), entropy, proposal.to(scores.device), expected)
     if n == states.shape[1]:
         return found
     return joined([found, read(head, states[:, n:], temperature, uniform[:, n:], soft)], 1)
 
 
-def by_class(weights: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """log2 of the sums of 2^weights in each class, and the maxima: of [N, tokens by class] float32, [N, K] each.
+def by_class(z: Tensor, automaton: TokenAutomaton) -> tuple[np.ndarray, np.ndarray]:
+    """Maxima, and log2 of the sums of 2^z, of each class but 0: of z [tokens by class, N], [N, K - 1] each.
 
-    bounds: where each class but 0, which is empty, begins; and the end. A sum that float32 cannot hold counts as its
-    greatest term, so that no class that may stand loses all its weight.
+    A sum that float32 cannot hold counts as its greatest term, so that no class that may stand loses all its weight.
     """
-    peaks = np.maximum.reduceat(weights, bounds[:-1], axis=1)
+    peaks = _reduced(z, automaton, torch.amax, np.maximum)
     # The cap leaves logits some 200 bits apart, which float32 holds around its middle.
-    top = peaks.max(axis=1, keepdims=True) - 90
+    top = torch.from_numpy(peaks.max(0)).to(z.device) - 90
     with np.errstate(divide="ignore"):
-        sums = top + np.log2(np.add.reduceat(np.exp2(weights - top), bounds[:-1], axis=1))
-    nothing = np.full((len(weights), 1), NEVER)
-    return np.hstack([nothing, np.maximum(sums, peaks)]), np.hstack([nothing, peaks])
+        sums = np.log2(_reduced((z - top).exp2(), automaton, torch.sum, np.add)) + top.numpy(force=True)
+    return peaks.T, np.maximum(sums, peaks).T
+
+
+def _reduced(
+    z: Tensor, automaton: TokenAutomaton, large: Callable[[Tensor, int], Tensor], small: np.ufunc
+) -> np.ndarray:
+    """[K - 1, N]; one way for classes of many tokens, and one for many classes of few."""
+    found = []
+    for bounds in automaton.runs:
+        rows = z[bounds[0] : bounds[-1]]
+        if len(bounds) == 2:
+            found.append(large(rows, 0).numpy(force=True)[None])
+        else:
+            found.append(small.reduceat(rows.numpy(force=True), bounds[:-1] - bounds[0], axis=0))
+    return np.concatenate(found)
+
+
+def _chosen(
+    z: Tensor, automaton: TokenAutomaton, classes: np.ndarray, pick: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """A token of each position's class: `pick` tells its place in the class, from the class's z and the positions."""
+    tokens = torch.empty(len(classes), dtype=torch.int64)
+    for kind in np.unique(classes):
+        places = torch.from_numpy((classes == kind).nonzero()[0])
+        first, last = automaton.bounds[kind - 1 : kind + 1]
+        inside = pick(z[first:last].index_select(1, places.to(z.device)), places)
+        tokens[places] = torch.from_numpy(automaton.order[first + inside.numpy(force=True)])
+    return tokens
+
+
+def _draw(z: Tensor, left: Tensor) -> Tensor:
+    """For each column the first row whose share, with all before it, exceeds what is left of a draw."""
+    ends = (z - z.amax(0)).exp2().cumsum(0)
+    return torch.minimum((ends <= ends[-1] * left).sum(0), (ends < ends[-1]).sum(0))

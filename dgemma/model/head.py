@@ -31,6 +31,10 @@ class TiedEmbedding(nn.Embedding):
         """x E^T, [..., V] in the weights' dtype: logits before their cap."""
         return linear(x, self.weight)
 
+    def scores_by_token(self, x: Tensor) -> Tensor:
+        """E x^T of x [N, hidden], [V, N]: the same, a token's scores side by side."""
+        return linear(self.weight, x)
+
     def logits(self, x: Tensor) -> Tensor:
         """float32 [..., V]: cap * tanh(x E^T / cap); the cap is applied in float32."""
         logits = self.scores(x).float()

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from dgemma.decoding.constraint import Guide, TokenAutomaton
 from dgemma.decoding.guided import by_class
@@ -131,13 +132,17 @@ def test_before_is_one_token_back() -> None:
             assert a.before(ends, pin).tolist() == [any(q >= 0 and ends[q] for q in after) for after in reached]
 
 
-def test_sums_by_class_never_vanish() -> None:
+@pytest.mark.parametrize("many", [1, 3, 100])
+def test_sums_by_class_never_vanish(many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dgemma.decoding.constraint.MANY", many)
     rng = np.random.default_rng(0)
-    weights = rng.uniform(-150, 150, (3, 12)).astype(np.float32)
-    weights[0, 4:6] = -900  # farther away than float32 reaches
-    bounds = np.array([0, 4, 6, 12])
-    sums, peaks = by_class(weights, bounds)
-    for kind in range(1, 4):
-        own = weights[:, bounds[kind - 1] : bounds[kind]].astype(np.float64)
-        np.testing.assert_allclose(sums[:, kind], np.logaddexp2.reduce(own, axis=1), atol=1.01 if kind == 2 else 1e-4)
-        np.testing.assert_array_equal(peaks[:, kind], own.max(1).astype(np.float32))
+    classes = np.array([1, 3, 2, 1, 0, 3, 3, 2, 1, 3, 4], np.int32)
+    of = TokenAutomaton(classes, np.array([[-1, 0, 0, 0, 0]], np.int32), np.array([True]))
+    weights = rng.uniform(-150, 150, (3, len(classes))).astype(np.float32)
+    weights[0, classes == 2] = -900  # farther away than float32 reaches
+    peaks, sums = by_class(torch.from_numpy(weights[:, of.order].T.copy()), of)
+    for kind in range(1, 5):
+        own = weights[:, classes == kind].astype(np.float64)
+        expected = np.logaddexp2.reduce(own, axis=1)
+        np.testing.assert_allclose(sums[:, kind - 1], expected, atol=1.01 if kind == 2 else 1e-4)
+        np.testing.assert_array_equal(peaks[:, kind - 1], own.max(1).astype(np.float32))
