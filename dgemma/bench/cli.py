@@ -3,10 +3,12 @@
 import json
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from dgemma.bench import constrain as constraining
 from dgemma.bench import decode as decoding
 from dgemma.bench import serve as serving
 from dgemma.bench import train as training
@@ -27,7 +29,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Tuned = Annotated[bool, typer.Option("--tuned", help="also transformers with a tuned malloc")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
-Result = TypeVar("Result", decoding.Result, training.Result, serving.Result)
+Result = TypeVar("Result", decoding.Result, training.Result, serving.Result, constraining.Result)
 
 
 @app.command()
@@ -89,6 +91,23 @@ def serve(
         shape, model, dtype, requests, levels, repeats, threads, device, progress=_tell
     )
     _report(run, show_serving, as_json)
+
+
+@app.command()
+def constrain(
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="directory of a tokenizer, such as the release's", show_default="tiny's")
+    ] = None,
+    shape: Shape = "mid",
+    dtype: Dtype = "bf16",
+    repeats: Repeats = 15,
+    threads: Threads = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Keep to a tool's schema: time to make the automaton, and of a step beside the same step without it."""
+    run = lambda: constraining.run(tokenizer, shape, dtype, repeats, threads, device, progress=_tell)  # noqa: E731
+    _report(run, show_constraint, as_json)
 
 
 def show(result: decoding.Result) -> None:
@@ -153,6 +172,21 @@ def show_serving(result: serving.Result) -> None:
     console.print(_measured_on(result))
 
 
+def show_constraint(result: constraining.Result) -> None:
+    """The same for what a constraint costs."""
+    told = f"{result.shape}, {result.dtype}, {result.threads} threads, {result.repeats} repeats"
+    size = f"{result.states} states, {result.classes} classes of tokens"
+    print(f"constrain: {told}; a tool of three arguments: {size}")
+    print(
+        f"automaton over {result.vocabulary} tokens, s: first {result.cold:.2f}, another schema {result.new:.2f}",
+        end="",
+    )
+    print(f", known {result.warm:.4f}")
+    print(f"step, ms: free {_spread(result.free, 1e3)}, bound {_spread(result.bound, 1e3)}")
+    print(f"bound over free: {_spread(result.ratio)}")
+    print(_measured_on(result))
+
+
 def _tell(line: str) -> None:
     print(line, file=sys.stderr)
 
@@ -195,7 +229,7 @@ def _finish(table: "Table", result: decoding.Result | training.Result) -> "Conso
     return console
 
 
-def _measured_on(result: decoding.Result | training.Result | serving.Result) -> str:
+def _measured_on(result: decoding.Result | training.Result | serving.Result | constraining.Result) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     return f"{result.machine}; {versions}"
 
