@@ -132,9 +132,9 @@ def _read(
         return vocabulary.read(head, states, temperature, uniform, soft, _banned(model, canvases))
     parts, order = [], [b for b, c in enumerate(canvases) if c.guide]
     for b in order:
-        row, guide = slice(b, b + 1), canvases[b].guide
+        row, guide, bound = slice(b, b + 1), canvases[b].guide, canvases[b].options.entropy_bound
         assert guide
-        parts.append(read_guided(head, states[row], temperature[row], uniform[row], guide, soft))
+        parts.append(read_guided(head, states[row], temperature[row], uniform[row], guide, bound, soft))
     if plain:
         banned = _banned(model, [canvases[b] for b in plain])
         parts.append(vocabulary.read(head, states[plain], temperature[plain], uniform[plain], soft, banned))

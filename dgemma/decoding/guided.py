@@ -19,12 +19,19 @@ TILE_BYTES = 8 << 20
 
 @torch.no_grad()
 def read_guided(
-    head: TiedEmbedding, states: Tensor, temperature: Tensor, uniform: Tensor, guide: Guide, soft: bool = True
+    head: TiedEmbedding,
+    states: Tensor,
+    temperature: Tensor,
+    uniform: Tensor,
+    guide: Guide,
+    bound: float,
+    soft: bool = True,
 ) -> Reading:
     """As `vocabulary.read`, for one row [1, C, hidden]: what is believed once the whole canvas must fit.
 
-    entropy and soft are those of the marginals; best is the most probable canvas that fits, proposal one drawn from all
-    of them. Positions behind the guide's length are bound by nothing.
+    entropy and soft are those of the marginals; best is the most probable canvas that fits; proposal is drawn from all
+    that fit, where it may be accepted under the entropy bound, and is best elsewhere. Positions behind the guide's
+    length are bound by nothing.
     """
     n, a = guide.length, guide.automaton
     order = torch.from_numpy(a.order).to(states.device)
@@ -32,36 +39,53 @@ def read_guided(
     scores = of_all.index_select(0, order)
     columns = max(1, TILE_BYTES // (4 * len(order)))
     tiles = [slice(i, min(n, i + columns)) for i in range(0, n, columns)]
-    z = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+
+    def z(places: slice | Tensor) -> Tensor:
+        """log2 weights, [tokens by class, places]."""
+        return log2_weights_(scores[:, places].float(), head.cap, temperature)
+
     peaks, sums = (np.full((n, a.table.shape[1]), NEVER) for _ in range(2))
     for tile in tiles:
-        z[:, tile] = log2_weights_(scores[:, tile].float(), head.cap, temperature)
-        peaks[tile, 1:], sums[tile, 1:] = by_class(z[:, tile], a)
+        peaks[tile, 1:], sums[tile, 1:] = by_class(z(tile), a)
     solution = guide.solve(sums, peaks, uniform[0, :n].double().numpy(force=True))
 
-    best, proposal = torch.empty(1, n, dtype=torch.int64), torch.empty(1, n, dtype=torch.int64)
+    at = torch.empty(n, dtype=torch.int64)
     entropy, total = (torch.empty(1, n, device=scores.device) for _ in range(2))
     bonus = torch.from_numpy(solution.bonus[:, 1:].T.astype(np.float32)).to(scores.device)
     sizes = torch.from_numpy(np.diff(a.bounds)).to(scores.device)
-    best[0] = _chosen(z, a, solution.best, lambda rows, places: rows.argmax(0))
-    left = torch.from_numpy(solution.left).to(scores.device)
-    proposal[0] = _chosen(z, a, solution.drawn, lambda rows, places: _draw(rows, left[places]))
+    weighed = torch.empty_like(scores)
     for tile in tiles:
-        beliefs = z[:, tile] + bonus[:, tile].repeat_interleave(sizes, 0, output_size=len(z))
-        beliefs -= beliefs.amax(0)
-        weights = beliefs.exp2()
+        beliefs = z(tile).add_(bonus[:, tile].repeat_interleave(sizes, 0, output_size=len(order)))
+        top, at[tile] = beliefs.max(0)
+        weights = beliefs.sub_(top).exp2()
         total[0, tile] = weights.sum(0)
         # H = log Z - E[log weight]
         entropy[0, tile] = total[0, tile].log() - math.log(2) * beliefs.mul_(weights).sum(0) / total[0, tile]
-        scores[:, tile] = weights
+        weighed[:, tile] = weights
+    # The likeliest token of all is nearly always of the likeliest class.
+    best = torch.from_numpy(a.order[at.numpy()])
+    others = (a.classes[best] != solution.best).nonzero()[0]
+    best[others] = _chosen(z, a, others, solution.best, lambda rows, places: rows.argmax(0))
+    proposal, left = best.clone(), torch.from_numpy(solution.left).to(scores.device)
+    taken = _acceptable(entropy[0].numpy(force=True), guide, bound)
+    proposal[taken] = _chosen(z, a, taken, solution.drawn, lambda rows, places: _draw(rows, left[places]))
     expected = None
     if soft:
-        expected = of_all.zero_().index_copy_(0, order, scores).T @ head.weight
+        expected = of_all.zero_().index_copy_(0, order, weighed).T @ head.weight
         expected = (expected[None] * (head.scale / total)[..., None]).to(states.dtype)
-    found = Reading(best.to(scores.device), entropy, proposal.to(scores.device), expected)
+    found = Reading(best[None].to(scores.device), entropy, proposal[None].to(scores.device), expected)
     if n == states.shape[1]:
         return found
     return joined([found, read(head, states[:, n:], temperature, uniform[:, n:], soft)], 1)
+
+
+def _acceptable(entropy: np.ndarray, guide: Guide, bound: float) -> np.ndarray:
+    """Positions that `sampler.accept` may take: those below the bound, and the next one, whose own does not count."""
+    free = entropy.copy()
+    free[list(guide.pins)] = np.inf
+    below = free <= bound * 1.001 + 1e-6
+    following = np.where(below, np.inf, free)
+    return (below | (following == following.min())).nonzero()[0]
 
 
 def by_class(z: Tensor, automaton: TokenAutomaton) -> tuple[np.ndarray, np.ndarray]:
@@ -92,15 +116,20 @@ def _reduced(
 
 
 def _chosen(
-    z: Tensor, automaton: TokenAutomaton, classes: np.ndarray, pick: Callable[[Tensor, Tensor], Tensor]
+    z: Callable[[Tensor], Tensor],
+    automaton: TokenAutomaton,
+    places: np.ndarray,
+    classes: np.ndarray,
+    pick: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """A token of each position's class: `pick` tells its place in the class, from the class's z and the positions."""
-    tokens = torch.empty(len(classes), dtype=torch.int64)
-    for kind in np.unique(classes):
-        places = torch.from_numpy((classes == kind).nonzero()[0])
+    """A token of its class for each of some positions: `pick` tells which, from the class's z and the positions."""
+    tokens = torch.empty(len(places), dtype=torch.int64)
+    for kind in np.unique(classes[places]):
+        (own,) = (classes[places] == kind).nonzero()
+        here = torch.from_numpy(places[own])
         first, last = automaton.bounds[kind - 1 : kind + 1]
-        inside = pick(z[first:last].index_select(1, places.to(z.device)), places)
-        tokens[places] = torch.from_numpy(automaton.order[first + inside.numpy(force=True)])
+        inside = pick(z(here)[first:last], here).numpy(force=True)
+        tokens[torch.from_numpy(own)] = torch.from_numpy(automaton.order[first + inside])
     return tokens
 
 
