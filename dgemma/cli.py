@@ -14,7 +14,7 @@ from dgemma import embedded
 from dgemma.bench.cli import app as bench
 from dgemma.checkpoints.source import folders_of, resolve
 from dgemma.commands import edit, infill
-from dgemma.evals.cli import evaluate
+from dgemma.evals.cli import evaluate, evaluate_spans
 from dgemma.flags import Device, Dtype, Model, UsageError, check_folders, checked, config_flags, constraint_of
 from dgemma.serve.cli import serve
 from dgemma.train.cli import teach, train
@@ -46,6 +46,7 @@ app.add_typer(bench, name="bench")
 app.command("train")(train)
 app.command("teach")(teach)
 app.command("eval")(evaluate)
+app.command("eval-spans")(evaluate_spans)
 app.command("serve")(serve)
 app.command("infill")(infill)
 app.command("edit")(edit)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from dgemma import embedded
+from dgemma import candidates, embedded, scoring
 from dgemma.checkpoints.adapters import load_adapter
 from dgemma.checkpoints.load import load_model
 from dgemma.checkpoints.source import defaults_of, folders_of, holder, resolve
@@ -19,11 +19,13 @@ from dgemma.decoding.constraint import TokenAutomaton
 from dgemma.decoding.events import Event, Finished
 from dgemma.decoding.noise import Noise
 from dgemma.decoding.pins import Known
+from dgemma.edit import Edit, edit
+from dgemma.infill import Infill, infill
 from dgemma.model.cache import Cache
 from dgemma.model.lora import merge_lora
 from dgemma.model.network import DiffusionGemma
 from dgemma.text.chat import ChatTemplate
-from dgemma.text.output import ToolCall, parse
+from dgemma.text.output import ToolCall, parse_tokens
 from dgemma.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
@@ -37,7 +39,8 @@ class Generation:
 
     text: the answer without thoughts and calls, which are in `reasoning` and `tool_calls`; tokens: all that was
     generated, the end token included; finish_reason: "stop" or "length"; steps and converged: one entry a block;
-    tokens_per_forward: tokens a denoising step; seconds: {"prefill", "denoise", "commit"}.
+    tokens_per_forward: tokens a denoising step; seconds: {"prefill", "denoise", "commit"}. With `best_of`,
+    log_probability: a token's mean, in nats, left to right; candidates: all answers, best first.
     """
 
     text: str
@@ -51,6 +54,8 @@ class Generation:
     seconds: dict[str, float]
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
+    log_probability: float | None = None
+    candidates: list["Generation"] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,14 @@ class LanguageModel:
     defaults: GenerationConfig
     task: embedded.Task | None = None
 
-    def generate(self, prompt: Prompt, *, seed: int = 0, **options: Any) -> Generation:
-        """Answers a prompt; takes what `stream` takes."""
+    def generate(self, prompt: Prompt, *, seed: int = 0, best_of: int = 1, **options: Any) -> Generation:
+        """Answers a prompt; takes what `stream` takes.
+
+        best_of: answers of so many seeds, from `seed` on, are made in one batch, and the one is returned that the
+        causal mode finds the likeliest a token; not with `noise` or `autoregressive`.
+        """
+        if best_of != 1:
+            return candidates.best_of(self, prompt, best_of, seed, **options)
         *_, last = self.stream(prompt, seed=seed, **options)
         assert isinstance(last, Finished)
         return self.result(last, seed)
@@ -99,17 +110,101 @@ class LanguageModel:
         answer, which stay as they are; they cost nothing of max_new_tokens. draft: text or tokens that the canvas
         begins with instead of noise, of which the share `noise_level`, above 0, is noise all the same.
         """
-        tokens = torch.tensor(self.tokens(prompt, think=think, tools=tools), dtype=torch.int64)
-        config = self.defaults.with_options(**options)
-        drafted = tuple(self.tokenizer.encode(draft) if isinstance(draft, str) else draft)
-        automaton = None if constraint is None else self.automaton(constraint, config, think)
-        known = Known(pins or {}, drafted, noise_level, automaton)
-        request = blocks.Request(tokens, config, noise[0] if noise else self.noise(seed), known)
+        request = self.request(
+            prompt,
+            seed=seed,
+            think=think,
+            tools=tools,
+            constraint=constraint,
+            pins=pins,
+            draft=draft,
+            noise_level=noise_level,
+            **options,
+        )
+        if noise:
+            request.noise = noise[0]
         if autoregressive:
             return left_to_right.generate(self.model, request, cache, temperature)
         if temperature:
             raise ValueError("temperature is for the autoregressive mode; diffusion has t_min and t_max")
         return blocks.generate(self.model, [request], cache)
+
+    def request(
+        self,
+        prompt: Prompt,
+        *,
+        seed: int = 0,
+        think: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+        constraint: Constraint | None = None,
+        pins: Mapping[int, int] | None = None,
+        draft: str | Sequence[int] = (),
+        noise_level: float = 1.0,
+        **options: Any,
+    ) -> blocks.Request:
+        """What `stream` is asked for, as a row of a batch."""
+        tokens = torch.tensor(self.tokens(prompt, think=think, tools=tools), dtype=torch.int64)
+        config = self.defaults.with_options(**options)
+        drafted = tuple(self.tokenizer.encode(draft) if isinstance(draft, str) else draft)
+        automaton = None if constraint is None else self.automaton(constraint, config, think)
+        return blocks.Request(tokens, config, self.noise(seed), Known(pins or {}, drafted, noise_level, automaton))
+
+    def infill(
+        self,
+        prefix: str,
+        suffix: str,
+        max_tokens: int = 64,
+        *,
+        prompt: Prompt | None = None,
+        lengths: Sequence[int] | None = None,
+        seed: int = 0,
+        think: bool = False,
+        **options: Any,
+    ) -> Infill:
+        """What belongs between a prefix and a suffix; with an empty suffix, what follows the prefix.
+
+        Gaps of up to eight lengths, about geometric up to max_tokens, or those of `lengths`, are filled as rows of one
+        batch and ranked by the log-probability of gap and suffix left to right (the sum, not the mean a token: it found
+        the right length more often; a model whose causal mode is untrained needs the length told). Prefix and suffix
+        are tokenised each by itself, and special tokens in them are ordinary characters; in the text of the gap special
+        tokens are left out.
+
+        prompt: makes the whole a part of the model's reply to it; without one the text stands behind a bos token.
+        think, options: as for `stream`. What of the prefix begins a canvas (behind whole canvases of it) is pinned
+        there if gap and suffix fit too, since models are trained so; for longer gaps all of it is encoded. A
+        suffix must lie in the gap's canvas: of one that does not fit, the head is pinned, in at least half of the
+        canvas, and the whole text with a marker is told in a user's message, or before the prefix where there can be
+        no message (`Infill.repeated`). ValueError for a length that leaves the suffix less.
+        """
+        return infill(
+            self, prefix, suffix, max_tokens, prompt=prompt, lengths=lengths, seed=seed, think=think, **options
+        )
+
+    def edit(
+        self,
+        text: str,
+        spans: Sequence[tuple[int, int]] | None = None,
+        instruction: str | None = None,
+        noise: float = 1.0,
+        *,
+        prompt: Prompt | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Edit:
+        """Parts of a text, or all of it, written anew.
+
+        spans: the parts, as pairs of character offsets. Everything else is pinned and comes back to the last byte; a
+        part keeps its number of tokens, since a canvas has no room to move (`infill` tries lengths). noise: below 1,
+        the parts start from what is there, of which that share is noise. Without spans all of the text does, and
+        noise must be below 1. prompt: what the text is the model's reply to; without one it stands behind a bos token.
+
+        instruction: a user's message with the text, for models with a chat template. With spans only those change;
+        without, the answer replaces the text, and may be longer or shorter (max_new_tokens: at least twice the text).
+
+        Of a text longer than a canvas, the canvases before the first changed one are encoded as they are, and those
+        behind the last one cost nothing. options: as for `stream`.
+        """
+        return edit(self, text, spans, instruction, noise, prompt=prompt, seed=seed, **options)
 
     def automaton(self, constraint: Constraint, config: GenerationConfig, think: bool = False) -> TokenAutomaton:
         """What keeps an answer to a constraint; ValueError says what in it cannot be kept to."""
@@ -152,7 +247,7 @@ class LanguageModel:
 
     def result(self, finished: Finished, seed: int = 0) -> Generation:
         """The answer that a stream ended with."""
-        output = parse(self.tokenizer.decode(finished.tokens))
+        output = parse_tokens(finished.tokens, self.tokenizer)
         return Generation(
             text=output.content,
             tokens=finished.tokens,
@@ -171,8 +266,42 @@ class LanguageModel:
             tool_calls=output.tool_calls,
         )
 
+    def score(
+        self,
+        prompt: Prompt,
+        template: str,
+        choices: Sequence[str],
+        steps: int = 1,
+        *,
+        seed: int = 0,
+        think: bool = False,
+        **options: Any,
+    ) -> scoring.Scores:
+        """How probable each of some texts is at the places of an answer that `<choice>` marks in its template.
+
+        The template's text is pinned in a canvas, its places are as long as the choice, in tokens, and everything
+        behind it is noise. After `steps` denoising steps the last one's logits, at temperature 1, are read; nothing is
+        committed. Template and choices are encoded apart: if a blank parts them, the tokenizer may have it with the
+        choice. Options: fields of GenerationConfig for the steps before the last.
+        """
+        question = scoring.Question(prompt, template, choices)
+        return self.score_all([question], steps, seed=seed, think=think, **options)[0]
+
+    def score_all(
+        self,
+        questions: Sequence[scoring.Question],
+        steps: int = 1,
+        *,
+        seed: int = 0,
+        think: bool = False,
+        **options: Any,
+    ) -> list[scoring.Scores]:
+        """`score` for many prompts and templates in shared batches; each as if it were alone."""
+        rows = scoring.prepare(self, questions, steps, seed, think, **options)
+        return [scores for found in scoring.passes(self.model, questions, rows) for scores in found] if rows else []
+
     @torch.inference_mode()
-    def score(self, prompt: Prompt, continuation: str | Sequence[int]) -> list[float]:
+    def log_probabilities(self, prompt: Prompt, continuation: str | Sequence[int]) -> list[float]:
         """Log-probability in nats of each token of a continuation, left to right, by the causal mode."""
         before = self.tokens(prompt)
         after = self.tokenizer.encode(continuation) if isinstance(continuation, str) else list(continuation)
@@ -180,9 +309,7 @@ class LanguageModel:
             raise ValueError("the continuation is empty: there is nothing to score")
         cache = self.model.new_cache()
         self.model.encode([torch.tensor(before[:-1], dtype=torch.int64)], cache)
-        logits = self.model.encode([torch.tensor([before[-1], *after[:-1]])], cache, logits=True)
-        assert logits is not None
-        return logits[0].log_softmax(-1)[torch.arange(len(after)), torch.tensor(after)].tolist()
+        return scoring.log_probabilities(self.model, cache, before[-1], [after])[0]
 
     def chat(self, **options: Any) -> "Chat":
         """A conversation whose prefix stays in the cache from turn to turn; options as for `stream`."""

@@ -103,15 +103,15 @@ def test_several_blocks_and_a_limit_within_one(small: LanguageModel) -> None:
     assert len(answer.steps) == len(answer.converged) == 3
 
 
-def test_score_is_the_causal_log_probability(small: LanguageModel) -> None:
+def test_log_probabilities_are_those_of_the_causal_mode(small: LanguageModel) -> None:
     prompt, continuation = [5, 6, 7, 8], [9, 10, 11]
     with torch.inference_mode():
         logits = small.model.encode(torch.tensor([[*prompt, *continuation]]), small.model.new_cache(), logits=True)
     expected = logits[0].log_softmax(-1)
-    scores = small.score(prompt, continuation)
+    scores = small.log_probabilities(prompt, continuation)
     assert scores == pytest.approx([float(expected[3 + i, t]) for i, t in enumerate(continuation)], abs=1e-5)
     with pytest.raises(ValueError, match="nothing to score"):
-        small.score(prompt, [])
+        small.log_probabilities(prompt, [])
 
 
 @pytest.fixture

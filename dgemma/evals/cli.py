@@ -98,6 +98,44 @@ def evaluate(
             print(_verdict(judge, judged))
 
 
+@config_flags
+def evaluate_spans(
+    task: Annotated[str, typer.Argument(help=f"one of {', '.join(tasks.NAMES)}")],
+    model: Model,
+    count: Annotated[int, typer.Option(min=1, help="items of each level")] = COUNT,
+    levels: Levels = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the items, their spans and all noise")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    *,
+    config: dict[str, Any],
+) -> None:
+    """Measure how often a span cut out of a right answer comes back, against left to right."""
+    if "max_new_tokens" in config:
+        raise UsageError("--max-new-tokens has no effect: the span decides")
+    chosen = _task(task)
+    wanted = _levels(task, chosen, levels)
+    directory = checked(model, config)
+
+    from dgemma.evals.report import share_markdown
+    from dgemma.evals.spans import measure_spans, summary
+    from dgemma.language_model import load
+
+    with _progress() as progress:
+        bar = progress.add_task("spans", total=None)
+        items = [i for level in wanted for i in tasks.items(chosen, count, seed, held_out=True, level=level)]
+        lm = load(model if directory.parent == embedded.HERE else directory, device, dtype)
+        progress.update(bar, total=len(items))
+        results = measure_spans(lm, items, seed, lambda done: progress.update(bar, completed=done), **config)
+    rows = summary(results)
+    if as_json:
+        told = {"task": task, "model": model, "seed": seed, "options": config, "levels": rows}
+        print(json.dumps(told, indent=2, default=asdict))
+    else:
+        print(share_markdown(rows))
+
+
 def _task(name: str) -> tasks.Task:
     try:
         return tasks.get(name)

@@ -7,7 +7,6 @@ from statistics import NormalDist, fmean
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from dgemma.decoding import blocks
 from dgemma.decoding.events import Finished
@@ -102,7 +101,7 @@ def measure(
     results: dict[int, Result] = {}
     for start in range(0, len(items), batch):
         requests = [
-            blocks.Request(_prompt(lm, item), config, lm.noise(seed + start + row))
+            blocks.Request(torch.tensor(prompt_tokens(lm, item)), config, lm.noise(seed + start + row))
             for row, item in enumerate(items[start : start + batch])
         ]
         for event in blocks.generate(lm.model, requests):
@@ -115,12 +114,13 @@ def measure(
     return [results[i] for i in range(len(items))]
 
 
-def _prompt(lm: LanguageModel, item: Item) -> Tensor:
+def prompt_tokens(lm: LanguageModel, item: Item) -> list[int]:
+    """An item's question as the model reads it."""
     question: Any = [dict(message) for message in item.question]
     tools = [dict(tool) for tool in item.tools] or None
     if lm.template is None and len(question) == 1 and not tools and not item.think:
         question = question[0]["content"]  # a plain continuation is all that such a checkpoint knows
-    return torch.tensor(lm.tokens(question, think=item.think, tools=tools), dtype=torch.int64)
+    return lm.tokens(question, think=item.think, tools=tools)
 
 
 def summary(results: Sequence[Result]) -> list[Row]:

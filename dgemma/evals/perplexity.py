@@ -50,7 +50,7 @@ def load_judge(source: str, device: str = "auto", dtype: str = "auto") -> Judge:
 
 def diffusion_gemma(lm: LanguageModel) -> Judge:
     """The causal mode of a checkpoint, over texts behind a bos token."""
-    return lambda text: lm.score([lm.model.config.bos_token_id], text)
+    return lambda text: lm.log_probabilities([lm.model.config.bos_token_id], text)
 
 
 def _transformers(source: str, device: str, dtype: str) -> Judge:

@@ -1,6 +1,6 @@
 """A summary to look at: a table for the terminal, Markdown, JSON, a picture. matplotlib is imported only for that."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,9 +35,20 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The same table in Markdown."""
-    header, *lines = cells(rows)
+    return _markdown(cells(rows))
+
+
+def share_markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Levels in Markdown, each with a "count" and shares by name."""
+    names = [name for name in next(iter(rows.values())) if name != "count"]
+    lines = [[level, str(row["count"]), *(_interval(row[name]) for name in names)] for level, row in rows.items()]
+    return _markdown([["level", "items", *(name.replace("_", " ") for name in names)], *lines])
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    header, *rest = lines
     ruler = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ruler, *lines))
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ruler, *rest))
 
 
 def to_dict(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from dgemma.decoding.events import Block, Event, Finished, Prefilled
 from dgemma.engine.engine import Ended, Engine, Take
 from dgemma.serve.errors import ApiError, ClientGone, closing, invalid, of_engine
 from dgemma.serve.feed import Feed
+from dgemma.serve.known import known_of
 from dgemma.serve.schema import Generate
 from dgemma.serve.service import Service
 from dgemma.serve.text import ChoiceText
@@ -29,18 +30,19 @@ T = TypeVar("T")
 
 @dataclass
 class Choice:
-    """One answer in the making. `reason` is empty until it is complete."""
+    """One answer in the making. `reason` is empty until it is complete; `named`: its client chose the tool it calls."""
 
     index: int
     request: Request
     text: ChoiceText
+    named: bool = False
     prefilled: Prefilled | None = None
     blocks: list[Block] = field(default_factory=list)
     reason: str = ""
 
     @property
     def finish_reason(self) -> str:
-        return "tool_calls" if self.text.tool_calls else self.reason
+        return "tool_calls" if self.text.tool_calls and not self.named else self.reason
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ class Answers:
             increments = choice.text.push(event.tokens)
         elif isinstance(event, Finished):
             increments = choice.text.finish()
-            choice.reason = event.reason
+            # One that keeps to a constraint is whole wherever it ends.
+            choice.reason = "stop" if choice.request.known.constraint else event.reason
         if choice.text.stopped:
             choice.reason = "stop"
         return increments
@@ -199,23 +202,24 @@ class Answers:
         self._cancel = [asyncio.create_task(pump()).cancel]
 
 
-def make_choices(
-    service: Service, body: Generate, prompts: Sequence[Sequence[int]], chat: bool, calls: bool
+async def make_choices(
+    service: Service, body: Generate, prompts: Sequence[Sequence[int]], chat: bool, calls: bool, named: bool = False
 ) -> list[Choice]:
-    """n choices of each prompt, in order."""
+    """Of each prompt as many choices as the body wants made, in order."""
     lm = service.lm
     seed = secrets.randbits(53) if body.seed is None else body.seed  # 53: a number that JavaScript can hold
     try:
         options: GenerationConfig = body.options(lm.defaults)
     except ValueError as error:
         raise invalid(error, str(error).split()[0]) from None
+    known = await known_of(service, body, options)
     choices: list[Choice] = []
     for prompt in prompts:
         tokens = torch.tensor(prompt, dtype=torch.int64)
-        for number in range(body.n):
-            request = Request(tokens, options, lm.noise((seed + number) % (1 << 64)))
+        for number in range(body.candidates):
+            request = Request(tokens, options, lm.noise((seed + number) % (1 << 64)), known)
             text = ChoiceText(lm.tokenizer, body.stops, options.eos_token_id, chat, calls)
-            choices.append(Choice(len(choices), request, text))
+            choices.append(Choice(len(choices), request, text, named))
     return choices
 
 

@@ -20,6 +20,7 @@ from dgemma.serve.completions import complete, plain_tokens
 from dgemma.serve.errors import ApiError, ErrorBody, invalid, of_validation
 from dgemma.serve.metrics import CONTENT_TYPE
 from dgemma.serve.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from dgemma.serve.score import ScoreRequest, score
 from dgemma.serve.security import Guard
 from dgemma.serve.service import Service
 
@@ -52,6 +53,10 @@ def make_app(
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http: Request) -> Response:
         return await complete(service, body, http)
+
+    @app.post("/v1/score")
+    async def scores(body: ScoreRequest, http: Request) -> Response:
+        return await score(service, body, http)
 
     def card() -> dict[str, Any]:
         told = {"id": service.name, "object": "model", "created": created, "owned_by": "dgemma"}

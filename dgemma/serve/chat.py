@@ -26,7 +26,9 @@ from dgemma.text.output import ContentDelta, Increment, ReasoningDelta, ToolCall
 async def chat(service: Service, body: ChatRequest, http: HttpRequest) -> Response:
     service.check(body.model)
     prompt = await prompt_of(service, body.messages, body.offered, body.think)
-    choices = make_choices(service, body, [prompt], chat=True, calls=bool(body.offered))
+    choices = await make_choices(
+        service, body, [prompt], chat=True, calls=bool(body.offered), named=body.named is not None
+    )
     answers = Answers(service, http, body, choices, steps=body.draft)
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
     if body.stream:

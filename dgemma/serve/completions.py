@@ -2,16 +2,18 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from anyio import to_thread
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from dgemma.language_model import LanguageModel
-from dgemma.serve.answers import Answers, Choice, make_choices
+from dgemma.scoring import left_to_right
+from dgemma.serve.answers import Answers, Choice, make_choices, on_engine
 from dgemma.serve.errors import invalid
 from dgemma.serve.schema import CompletionRequest
 from dgemma.serve.service import Service
@@ -21,19 +23,26 @@ from dgemma.text.output import ContentDelta
 
 async def complete(service: Service, body: CompletionRequest, http: HttpRequest) -> Response:
     service.check(body.model)
-    try:
-        tokens = await to_thread.run_sync(partial(_tokens, service.lm, body.prompts))
-    except ValueError as error:
-        raise invalid(error, "prompt") from None
-    choices = make_choices(service, body, tokens, chat=False, calls=False)
+    tokens = await prompt_tokens(service, body.prompts)
+    # A thought may come before what is bound: the parts must be told apart then.
+    choices = await make_choices(service, body, tokens, chat=bool(body.structures), calls=False)
     answers = Answers(service, http, body, choices, steps=False)
     head: dict[str, Any] = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
     head |= {"created": int(time.time()), "model": service.name, "system_fingerprint": service.fingerprint}
     if body.stream:
         return event_stream(_chunks(body, answers, head), http.state.request_id)
     await answers.complete()
-    told = [_choice(choice, choice.text.content, choice.reason) for choice in choices]
+    if body.candidates > body.n:
+        choices = await _best(service, choices, body.candidates, body.n)
+    told = [_choice(i, choice.text.content, choice.reason) for i, choice in enumerate(choices)]
     return JSONResponse({**head, "choices": told, "usage": answers.usage()})
+
+
+async def prompt_tokens(service: Service, prompts: list[str | list[int]]) -> list[list[int]]:
+    try:
+        return await to_thread.run_sync(partial(_tokens, service.lm, prompts))
+    except ValueError as error:
+        raise invalid(error, "prompt") from None
 
 
 def plain_tokens(lm: LanguageModel, text: str, bos: bool = True) -> list[int]:
@@ -55,12 +64,34 @@ async def _chunks(
             continue
         for increment in progress.increments:
             if isinstance(increment, ContentDelta):
-                yield {**head, "choices": [_choice(progress.choice, increment.text, None)]}
+                yield {**head, "choices": [_choice(progress.choice.index, increment.text, None)]}
         if progress.choice.reason:
-            yield {**head, "choices": [_choice(progress.choice, "", progress.choice.reason)]}
+            yield {**head, "choices": [_choice(progress.choice.index, "", progress.choice.reason)]}
     if body.stream_options and body.stream_options.include_usage:
         yield {**head, "choices": [], "usage": answers.usage()}
 
 
-def _choice(choice: Choice, text: str, reason: str | None) -> dict[str, Any]:
-    return {"index": choice.index, "text": text, "logprobs": None, "finish_reason": reason}
+def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+
+
+async def _best(service: Service, choices: Sequence[Choice], made: int, wanted: int) -> list[Choice]:
+    """Of each prompt's choices the likeliest ones a token, best first."""
+    best: list[Choice] = []
+    async with service.aside:
+        for first in range(0, len(choices), made):
+            some = choices[first : first + made]
+            passes = _judged(service.lm, some[0].request.prompt, [choice.text.tokens for choice in some])
+            logs = [0.0] * made
+            async for parts in on_engine(service.engine, passes):
+                logs = [log + sum(part) for log, part in zip(logs, parts, strict=True)]
+            order = sorted(range(made), key=lambda i: logs[i] / max(1, len(some[i].text.tokens)), reverse=True)
+            best += [some[i] for i in order[:wanted]]
+    return best
+
+
+@torch.inference_mode()
+def _judged(lm: LanguageModel, prompt: torch.Tensor, answers: list[list[int]]) -> Iterator[list[list[float]]]:
+    cache = lm.model.new_cache()
+    lm.model.encode([prompt[:-1]], cache)
+    yield from left_to_right(lm.model, cache, int(prompt[-1]), answers)

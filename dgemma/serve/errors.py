@@ -86,7 +86,7 @@ def of_validation(errors: Any) -> ApiError:
         clients_own = unknown and i == len(parts) - 1  # which may be spelled in any way
         if isinstance(part, int):
             path += f"[{part}]"
-        elif clients_own or (part.isidentifier() and part != "str"):  # the others name the branch of a union
+        elif clients_own or (part.isidentifier() and part.islower() and part != "str"):  # others name a union's branch
             path += f".{part}" if path else part
     message = "the field is not known" if unknown else first["msg"]
     if not path and first["type"] == "value_error":  # of several fields; it begins with one of them

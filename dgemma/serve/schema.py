@@ -4,15 +4,17 @@ A field that could not be honoured is refused by name; one that OpenAI's clients
 taken at the value that has no effect.
 """
 
-import json
 from dataclasses import fields
-from typing import Annotated, Any, Literal, Self, TypeVar
+from functools import partial
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from dgemma.config import GenerationConfig
+from dgemma.constraints.tools import tool_calls
+from dgemma.serve.body import Body, Objects, Text, text
+from dgemma.serve.structure import NamedTool, Pins, ResponseFormat, Structure, StructuredOutputs, Tokens, ToolChoice
 
-T = TypeVar("T")
 _HELP = {f.name: f.metadata["help"] for f in fields(GenerationConfig) if "help" in f.metadata}
 
 
@@ -37,34 +39,9 @@ def _not_yet(value: Any) -> Any:
     return value
 
 
-def _choice(value: Any) -> Any:
-    if value not in ("auto", "none", None):
-        raise ValueError("not supported yet; it is 'auto' or 'none'")
-    return value
-
-
-def _format(value: dict[str, Any]) -> dict[str, Any]:
-    if value != {"type": "text"}:
-        raise ValueError(f"{value.get('type')!r} is not supported yet; only {{'type': 'text'}} is")
-    return value
-
-
-def _text(value: T) -> T:
-    """Whatever holds texts; JSON can spell halves of surrogate pairs, which are none."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("it holds half of a surrogate pair, which is not text") from None
-    return value
-
-
-Objects = Annotated[list[dict[str, Any]], AfterValidator(_text)]
+Prompts = Annotated[str | list[str] | list[int] | list[list[int]], AfterValidator(text)]
 NotYet = Annotated[Any, AfterValidator(_not_yet), WithJsonSchema({"type": "null"})]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(Body):
@@ -76,8 +53,8 @@ class VllmXargs(Body):
     """vLLM's names of diffusion's parameters."""
 
     diffusion_max_steps: int | None = _option("max_denoising_steps", 1)
-    diffusion_seed_canvas: NotYet = None
-    diffusion_pinned: NotYet = None
+    diffusion_seed_canvas: Tokens | None = Field(None, description="tokens that the answer begins from: see draft_text")
+    diffusion_pinned: Pins | None = Field(None, description="the same as pins")
     diffusion_canvas_length: NotYet = None
     diffusion_read_only: NotYet = None
     diffusion_constrained: NotYet = None
@@ -103,6 +80,12 @@ class Generate(Body):
     stability_threshold: int | None = _option("stability_threshold", 0)
     confidence_threshold: float | None = _option("confidence_threshold", 0)
     autoregressive: bool = Field(False, description="left to right; temperature is then the sampling's, 0 if absent")
+    structured_outputs: StructuredOutputs | None = None
+    pins: Pins | None = Field(None, description="tokens by position in the answer, thoughts and all, that stay there")
+    draft_text: Text | None = Field(None, min_length=1, description="what the answer begins from instead of noise")
+    noise_level: float | None = Field(
+        None, gt=0, le=1, description="share of the draft that is noise all the same, and of the steps; 0.5 if absent"
+    )
     vllm_xargs: VllmXargs | None = None
 
     presence_penalty: _only(0) = None  # type: ignore[valid-type]
@@ -119,10 +102,16 @@ class Generate(Body):
             raise ValueError("stream_options needs stream: true")
         if self.max_denoising_steps and self.vllm_xargs and self.vllm_xargs.diffusion_max_steps:
             raise ValueError("max_denoising_steps and vllm_xargs.diffusion_max_steps are the same: give one")
+        if self.pins is not None and self.vllm_xargs and self.vllm_xargs.diffusion_pinned is not None:
+            raise ValueError("pins and vllm_xargs.diffusion_pinned are the same: give one")
+        if self.draft_text and self.seed_canvas:
+            raise ValueError("draft_text and vllm_xargs.diffusion_seed_canvas are the same: give one")
+        if self.noise_level is not None and not (self.draft_text or self.seed_canvas):
+            raise ValueError("noise_level needs draft_text or vllm_xargs.diffusion_seed_canvas")
         if self.temperature not in (None, 0, 1) and (self.t_min is not None or self.t_max is not None):
             raise ValueError("temperature scales t_min and t_max: give one or the others")
-        if self.autoregressive and (given := self.diffusion):
-            raise ValueError(f"{next(iter(given))} has no effect with autoregressive")
+        if self.autoregressive and (given := [*self.diffusion, *self.known]):
+            raise ValueError(f"{given[0]} has no effect with autoregressive")
         if self.autoregressive and self.n != 1:
             raise ValueError("n must be 1 with autoregressive")
         return self
@@ -138,6 +127,37 @@ class Generate(Body):
         if self.vllm_xargs and self.vllm_xargs.diffusion_max_steps:
             given["max_denoising_steps"] = self.vllm_xargs.diffusion_max_steps
         return given
+
+    @property
+    def seed_canvas(self) -> list[int] | None:
+        return self.vllm_xargs.diffusion_seed_canvas if self.vllm_xargs else None
+
+    @property
+    def pinned(self) -> dict[int, int]:
+        return self.pins or (self.vllm_xargs and self.vllm_xargs.diffusion_pinned) or {}
+
+    @property
+    def known(self) -> list[str]:
+        """Fields given that say something of the answer."""
+        drafts = {"draft_text": self.draft_text, "vllm_xargs.diffusion_seed_canvas": self.seed_canvas}
+        own = "vllm_xargs.diffusion_pinned" if self.pins is None else "pins"
+        given = {own: self.pinned, **drafts}
+        return [*(name for name, value in given.items() if value), *(each.field for each in self.structures)]
+
+    @property
+    def structures(self) -> list[Structure]:
+        """What the answer must match; more than one cannot be."""
+        made = self.structured_outputs and self.structured_outputs.structure
+        return [made] if made else []
+
+    @property
+    def think(self) -> bool:
+        return False
+
+    @property
+    def candidates(self) -> int:
+        """Answers that are made of each prompt."""
+        return self.n
 
     @property
     def most_tokens(self) -> int | None:
@@ -163,13 +183,15 @@ class ChatRequest(Generate):
     messages: Objects = Field(min_length=1)
     max_completion_tokens: int | None = _option("max_new_tokens", 1)
     tools: Objects | None = None
-    tool_choice: Annotated[Literal["auto", "none"] | None, BeforeValidator(_choice)] = None
+    tool_choice: ToolChoice | None = Field(None, description="auto if absent")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     chat_template_kwargs: TemplateOptions | None = None
-    response_format: Annotated[dict[str, Any], AfterValidator(_format)] | None = None
+    response_format: ResponseFormat | None = None
     draft: bool = Field(False, description="also send each step, in chunks with an empty choices and a key dgemma")
-    parallel_tool_calls: _only(True) = None  # type: ignore[valid-type]
+    parallel_tool_calls: bool | None = Field(
+        None, description="of a tool_choice that forces calls: true allows several, else there is one"
+    )
     store: _only(False) = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
@@ -180,6 +202,14 @@ class ChatRequest(Generate):
             raise ValueError("draft needs stream: true and n: 1")
         if self.max_tokens and self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens are the same: give one")
+        if self.forced and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        if self.named is not None and self.named not in self.tool_names:
+            raise ValueError(f"tool_choice names {self.named!r}, which is not among the tools")
+        if self.parallel_tool_calls is False and not self.forced:
+            raise ValueError("parallel_tool_calls can be false only where tool_choice forces a call")
+        if len(given := [each.field for each in self.structures]) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} bind the same answer: give one")
         return self
 
     @property
@@ -191,30 +221,76 @@ class ChatRequest(Generate):
         return bool(self.chat_template_kwargs and self.chat_template_kwargs.enable_thinking)
 
     @property
+    def forced(self) -> bool:
+        """Whether the answer is a call."""
+        return self.tool_choice == "required" or self.named is not None
+
+    @property
+    def named(self) -> str | None:
+        """The tool that is to be called."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
+    def tool_names(self) -> list[Any]:
+        functions = [tool.get("function") for tool in self.tools or []]
+        return [function.get("name") for function in functions if isinstance(function, dict)]
+
+    @property
+    def structures(self) -> list[Structure]:
+        found = super().structures
+        if self.response_format and (made := self.response_format.structure):
+            found.append(made)
+        if self.forced and self.tools:
+            make = partial(tool_calls, self.tools, self.named, many=bool(self.parallel_tool_calls))
+            found.append(Structure("tool_choice", make))
+        return found
+
+    @property
     def offered(self) -> list[dict[str, Any]] | None:
         """Tools that the model is told of."""
         return None if self.tool_choice == "none" else self.tools or None
 
 
 class CompletionRequest(Generate):
-    prompt: Annotated[str | list[str] | list[int] | list[list[int]], AfterValidator(_text)]
+    prompt: Prompts
     echo: _only(False) = None  # type: ignore[valid-type]
     suffix: NotYet = None
     logprobs: NotYet = None
-    best_of: _only(1) = None  # type: ignore[valid-type]
+    best_of: int | None = Field(
+        None, ge=1, le=8, description="answers to make, of which the n likeliest a token, left to right, are returned"
+    )
+
+    @model_validator(mode="after")
+    def _agree_in_completions(self) -> Self:
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError("best_of must be at least n")
+        if self.best_of and self.best_of > self.n and (self.stream or self.autoregressive):
+            raise ValueError("best_of is not for stream or autoregressive")
+        if self.autoregressive and len(self.prompts) > 1:
+            raise ValueError("prompt must be a single one with autoregressive")
+        return self
+
+    @property
+    def candidates(self) -> int:
+        return self.best_of or self.n
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
-            return [self.prompt]
-        return list(self.prompt)  # type: ignore[arg-type]
+        return as_list(self.prompt)
+
+
+def as_list(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """The prompts of a field that may be one or several."""
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        return [prompt]
+    return list(prompt)  # type: ignore[arg-type]
 
 
 class TokenizeRequest(Body):
     """A text as /v1/completions reads it, or messages as /v1/chat/completions does."""
 
     model: str = "default"
-    prompt: Annotated[str, AfterValidator(_text)] | None = None
+    prompt: Annotated[str, AfterValidator(text)] | None = None
     messages: Objects | None = Field(None, min_length=1)
     tools: Objects | None = None
     chat_template_kwargs: TemplateOptions | None = None

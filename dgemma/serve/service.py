@@ -32,6 +32,8 @@ class Service:
         self.metrics, self.in_work = Metrics(), InWork()
         self.aside = asyncio.Semaphore(1)
         """For what holds pages beside the engine's: the autoregressive mode, log-probabilities. One at a time."""
+        self.compiling = asyncio.Semaphore(2)
+        """Constraints that are compiled at once: whoever waits for text needs the processor too."""
         self.fingerprint = ""
         self._opened: tuple[LanguageModel, Engine] | None = None
 

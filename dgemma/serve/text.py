@@ -10,6 +10,7 @@ from dgemma.text.output import (
     THOUGHT_END,
     ContentDelta,
     Increment,
+    MarkedDecoder,
     OutputParser,
     ReasoningDelta,
     ToolCall,
@@ -26,8 +27,9 @@ class ChoiceText:
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], ends: Sequence[int], chat: bool, calls: bool):
-        self._decoder = StreamDecoder(tokenizer, skip_special=not chat)
-        self._parser = OutputParser() if chat else None
+        self._marked = MarkedDecoder(tokenizer) if chat else None
+        self._plain = StreamDecoder(tokenizer, skip_special=True)
+        self._parser = OutputParser()
         self._stops = StopStrings(stops)
         self._ends, self._calls, self._thinking = frozenset(ends), calls, False
         self.tokens: list[int] = []
@@ -54,30 +56,27 @@ class ChoiceText:
             if self.stopped:
                 break
             self.tokens.append(token)
-            piece = self._decoder.push([token])
-            self._count(piece)
-            self.raw += "" if token in self._ends else piece
-            found += self._pass_on(self._parse(piece))
+            text, mark = self._marked.push(token) if self._marked else (self._plain.push([token]), "")
+            self._count(mark)
+            self.raw += text + ("" if token in self._ends else mark)
+            found += self._pass_on(self._parser.push(text, plain=True) + self._parser.push(mark))
         return self._kept(found)
 
     def finish(self) -> list[Increment]:
         """What was held back, at the end of the tokens."""
         if self.stopped:
             return []
-        piece = self._decoder.finish()
-        self.raw += piece
-        found = self._pass_on([*self._parse(piece), *(self._parser.finish() if self._parser else [])])
+        text = (self._marked or self._plain).finish()
+        self.raw += text
+        found = self._pass_on(self._parser.push(text, plain=True) + self._parser.finish())
         if not self.stopped and (held := self._stops.finish()):
             found.append(ContentDelta(held))
         return self._kept(found)
 
-    def _count(self, piece: str) -> None:
-        self._thinking = self._thinking or (self._parser is not None and THOUGHT in piece)
+    def _count(self, mark: str) -> None:
+        self._thinking = self._thinking or mark == THOUGHT
         self.reasoning_tokens += self._thinking
-        self._thinking = self._thinking and THOUGHT_END not in piece
-
-    def _parse(self, piece: str) -> list[Increment]:
-        return self._parser.push(piece) if self._parser else [ContentDelta(piece)]
+        self._thinking = self._thinking and mark != THOUGHT_END
 
     def _pass_on(self, increments: Sequence[Increment]) -> list[Increment]:
         passed: list[Increment] = []

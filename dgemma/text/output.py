@@ -1,11 +1,13 @@
 """What the model wrote, taken apart: thoughts, answer, tool calls. One machine for streams and for whole texts."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from dgemma.text.calls import QUOTE, ToolCall, parse_call
 from dgemma.text.stops import partial_suffix
+from dgemma.text.tokenizer import StreamDecoder, Tokenizer
 
 THOUGHT, THOUGHT_END = "<|channel>", "<channel|>"
 CALL, CALL_END = "<|tool_call>", "<tool_call|>"
@@ -55,6 +57,8 @@ class _State(Enum):
 class OutputParser:
     """Feed it the decoded output, special tokens included, in pieces of any size.
 
+    Who has the tokens can tell markers from text that spells one out, and passes the latter as `plain`.
+
     - A thought runs from `<|channel>thought\\n` to `<channel|>`; one that is never closed is reasoning to the end, and
       calls that the model only weighs within a thought are reasoning too.
     - A call that does not parse is content, verbatim, with its problem; what follows it is read as usual.
@@ -73,9 +77,12 @@ class OutputParser:
         self._out: list[Increment] = []
         self.complete = True
 
-    def push(self, text: str) -> list[Increment]:
-        """What is certain by now; neighbours of one kind are joined."""
-        self._feed(text)
+    def push(self, text: str, plain: bool = False) -> list[Increment]:
+        """What is certain by now; neighbours of one kind are joined. plain: nothing in the text is a marker."""
+        if plain:
+            self._held = self._text(self._held + text)
+        else:
+            self._feed(text)
         return self._taken()
 
     def finish(self) -> list[Increment]:
@@ -195,10 +202,39 @@ class OutputParser:
             self._out.append(ReasoningDelta(text))
 
 
+class MarkedDecoder:
+    """Tokens into text and markers apart: a marker is its own token, never ordinary ones that spell it out."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._decoder = StreamDecoder(tokenizer)
+        self._marks = {tokenizer.id(mark): mark for mark in MARKS}
+
+    def push(self, token: int) -> tuple[str, str]:
+        """The text that is certain by now, and the marker behind it or ""."""
+        mark = self._marks.get(token, "")
+        return self.finish() if mark else self._decoder.push([token]), mark
+
+    def finish(self) -> str:
+        return self._decoder.finish()
+
+
 def parse(text: str) -> ParsedOutput:
     """The whole output, special tokens included, by the same machine."""
     parser = OutputParser()
-    increments = parser.push(text) + parser.finish()
+    return _parsed(parser, parser.push(text))
+
+
+def parse_tokens(tokens: Sequence[int], tokenizer: Tokenizer) -> ParsedOutput:
+    """The whole output from its tokens."""
+    parser, decoder, found = OutputParser(), MarkedDecoder(tokenizer), list[Increment]()
+    for token in tokens:
+        text, mark = decoder.push(token)
+        found += parser.push(text, plain=True) + parser.push(mark)
+    return _parsed(parser, found + parser.push(decoder.finish(), plain=True))
+
+
+def _parsed(parser: OutputParser, increments: list[Increment]) -> ParsedOutput:
+    increments = increments + parser.finish()
     contents = [i for i in increments if isinstance(i, ContentDelta)]
     return ParsedOutput(
         reasoning="".join(i.text for i in increments if isinstance(i, ReasoningDelta)),

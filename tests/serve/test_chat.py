@@ -82,7 +82,7 @@ def test_logprobs_are_those_of_the_causal_mode(site: Site, lm: LanguageModel) ->
     entries = answer.choices[0].logprobs.content
     said = lm.generate(PUZZLE, seed=1, max_new_tokens=12)
     assert [entry.token for entry in entries] == [lm.tokenizer.decode([token]) for token in said.tokens]
-    for entry, wanted in zip(entries, lm.score(PUZZLE, said.tokens), strict=True):
+    for entry, wanted in zip(entries, lm.log_probabilities(PUZZLE, said.tokens), strict=True):
         assert math.isclose(entry.logprob, wanted, abs_tol=1e-3)
         assert bytes(entry.bytes).decode() == entry.token
         values = [other.logprob for other in entry.top_logprobs]
@@ -175,7 +175,7 @@ def test_models_tokens_and_the_schema(site: Site, lm: LanguageModel) -> None:
         ({"stop": ["a", ""]}, "stop[1]"),
         ({"top_p": 0.9}, "top_p"),
         ({"logit_bias": {"1": 2}}, "logit_bias"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json"}}, "response_format.type"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"draft": True}, "draft"),
         ({"stream_options": {}}, "stream_options"),

@@ -14,6 +14,7 @@ from tests.serve.test_http import until
 ENDPOINTS = {
     "/v1/chat/completions": ("ChatRequest", 100),
     "/v1/completions": ("CompletionRequest", 60),
+    "/v1/score": ("ScoreRequest", 100),
     "/tokenize": ("TokenizeRequest", 60),
     "/detokenize": ("DetokenizeRequest", 30),
 }
@@ -46,6 +47,9 @@ OWN: dict[str, st.SearchStrategy[Any]] = {
     "max_tokens": st.integers(1, 20),
     "max_completion_tokens": st.integers(1, 20),
     "max_denoising_steps": few,
+    "steps": few,
+    "template": st.sampled_from(["<choice>", "It is <choice>.", "<choice><choice>", ["<choice>!"], "none"]),
+    "choices": st.lists(st.text(max_size=3), min_size=1, max_size=3, unique=True),
     "diffusion_max_steps": few,
 }
 

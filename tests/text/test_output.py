@@ -7,9 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dgemma import embedded
 from dgemma.text.calls import DEPTH, ToolCall, format_pairs, parse_call
 from dgemma.text.chat import ChatTemplate
-from dgemma.text.output import MARKS, ContentDelta, OutputParser, ParsedOutput, ReasoningDelta, parse
+from dgemma.text.output import (
+    MARKS,
+    ContentDelta,
+    OutputParser,
+    ParsedOutput,
+    ReasoningDelta,
+    parse,
+    parse_tokens,
+)
+from dgemma.text.tokenizer import Tokenizer
 
 EMPTY = "<|channel>thought\n<channel|>"
 OSLO = '<|tool_call>call:get_weather{city:<|"|>Oslo<|"|>,days:2,flag:true}<tool_call|>'
@@ -244,3 +254,24 @@ def test_what_the_template_renders_comes_back(template: ChatTemplate, arguments:
     asked = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": calls}]
     written = template.render(asked).split("<|turn>model\n", 1)[1]
     assert parse(written).tool_calls == [ToolCall("f", arguments), ToolCall("g", arguments)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_directory(embedded.HERE / "tiny")
+
+
+@pytest.mark.parametrize(
+    "text", [EMPTY + "Hello<turn|>", "<|channel>thought\nhm 🦋\n<channel|>a" + OSLO * 2, "<|channel>thou"]
+)
+def test_tokens_are_parsed_as_their_text_is(tokenizer: Tokenizer, text: str) -> None:
+    assert parse_tokens(tokenizer.encode(text), tokenizer) == parse(text)
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_ordinary_tokens_that_spell_a_marker_out_are_text(tokenizer: Tokenizer, mark: str) -> None:
+    said = tokenizer.encode(tokenizer.plain(f"a {mark} b"))
+    assert tokenizer.id(mark) not in said
+    assert parse_tokens(said, tokenizer) == output(f"a {mark} b")
+    thought, end, turn = (tokenizer.encode(each) for each in ("<|channel>thought\n", "<channel|>", "<turn|>"))
+    assert parse_tokens([*thought, *said, *end, *said, *turn], tokenizer) == output(f"a {mark} b", f"a {mark} b")
