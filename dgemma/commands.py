@@ -13,13 +13,12 @@ import typer
 
 from dgemma import embedded
 from dgemma.flags import Device, Dtype, UsageError, checked, config_flags
-from dgemma.terminal.layout import Piece, Style
-from dgemma.terminal.screen import Screen, note
 
 if TYPE_CHECKING:
     from dgemma.edit import Edit
     from dgemma.infill import Infill
     from dgemma.language_model import LanguageModel
+    from dgemma.terminal.layout import Piece
 
 STDIN = "-"
 MARKER = "<fill>"
@@ -74,6 +73,8 @@ def infill(
     options = {name: value for name, value in config.items() if name != "max_new_tokens"}
     most = config.get("max_new_tokens", TOKENS)
     lm = _load(model, options, device, dtype)
+    from dgemma.terminal.layout import Style
+    from dgemma.terminal.screen import note
 
     found = lm.infill(prefix, suffix, most, prompt=prompt, lengths=tried, seed=seed, **options)
     if as_json:
@@ -122,6 +123,7 @@ def edit(
         raise UsageError(f"{file} is empty: there is nothing to edit")
     spans = [_span(text, given) for given in lines] if lines else None
     lm = _load(model, config, device, dtype)
+    from dgemma.terminal.screen import note
 
     made = lm.edit(text, spans, instruction, noise, prompt=prompt, seed=seed, **config)
     if as_json:
@@ -245,12 +247,16 @@ def _table(found: "Infill") -> list[str]:
     return [f"{'tokens':>6} {'log p':>9} {'steps':>5}  text", *rows]
 
 
-def _coloured(made: "Edit", name: str) -> list[Piece]:
+def _coloured(made: "Edit", name: str) -> "list[Piece]":
+    from dgemma.terminal.layout import Style
+
     styles = {"+": Style.ACCEPTED, "-": Style.RENOISED, "@": Style.FAINT}
     return [(line, styles.get(line[0], Style.PLAIN)) for line in made.diff(name).splitlines(keepends=True) if line]
 
 
-def _show(pieces: list[Piece]) -> None:
+def _show(pieces: "list[Piece]") -> None:
+    from dgemma.terminal.screen import Screen
+
     screen = Screen(sys.stdout)
     screen.show(pieces)
     screen.end_line()

@@ -44,7 +44,8 @@ class Request:
         if len(first) and len(kept) <= room:
             self.reason = "stop"
         elif len(kept) >= room:
-            self.reason = "length"
+            # What keeps to an automaton is whole at its limit, with an end token or without.
+            self.reason = "stop" if self.known.constraint else "length"
         self.tokens += kept[:room]
         self.steps.append(canvas.steps)
         self.converged.append(canvas.still)

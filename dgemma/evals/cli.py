@@ -40,6 +40,9 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="answers at once; changes speed and memory only")] = 32,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    constrain: Annotated[
+        bool, typer.Option("--constrain", help="answers keep to what is asked for: a schema, a call, the clues")
+    ] = False,
     judge: Judge = None,
     cases: Cases = None,
     png: Picture = None,
@@ -54,6 +57,8 @@ def evaluate(
     check_folders(cases, png)
     chosen: Any = conversations if task.endswith(".jsonl") else _task(task)
     wanted = _levels(task, chosen, levels)
+    if constrain and not hasattr(chosen, "constraint"):
+        raise UsageError(f"--constrain has no effect: nothing binds the answers of {task}")
     directory = checked(model, config)
 
     from dgemma.evals import report
@@ -74,9 +79,8 @@ def evaluate(
         progress.update(bar, description="model")
         lm = load(model if directory.parent == embedded.HERE else directory, device, dtype)
         progress.update(bar, description="answers", total=len(items))
-        results = measure(
-            lm, items, chosen, batch, seed, progress=lambda done: progress.update(bar, completed=done), **config
-        )
+        done = lambda count: progress.update(bar, completed=count)  # noqa: E731
+        results = measure(lm, items, chosen, batch, seed, done, constrain, **config)
         if judge:
             progress.update(bar, description="judge")
             judged = judgement([r.text for r in results], load_judge(judge, device, dtype))
@@ -87,7 +91,7 @@ def evaluate(
     if png:
         report.picture(rows, title, png)
     if as_json:
-        told: dict[str, Any] = {"task": task, "model": model, "seed": seed, "options": config}
+        told: dict[str, Any] = {"task": task, "model": model, "seed": seed, "constrain": constrain, "options": config}
         told["rows"] = report.to_dict(rows)
         if judged:
             told["judge"] = {"model": judge, **asdict(judged)}

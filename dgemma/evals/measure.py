@@ -10,7 +10,8 @@ import torch
 
 from dgemma.decoding import blocks
 from dgemma.decoding.events import Finished
-from dgemma.evals.tasks import Answer, Item, Score
+from dgemma.decoding.pins import UNKNOWN, Known
+from dgemma.evals.tasks import Answer, Item, Score, constraint
 from dgemma.language_model import Generation, LanguageModel
 
 ALL = "all"
@@ -91,19 +92,23 @@ def measure(
     batch: int = 32,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    constrain: bool = False,
     **options: Any,
 ) -> list[Result]:
     """A result for each item, in order. Item i has the noise of seed + i, so the batch size changes speed only.
 
-    progress: told the number of answers so far. options: fields of GenerationConfig, over the checkpoint's own.
+    constrain: answers keep to the task's `constraint`. progress: told the number of answers so far. options: fields of
+    GenerationConfig, over the checkpoint's own.
     """
     config = lm.defaults.with_options(**options)
     results: dict[int, Result] = {}
     for start in range(0, len(items), batch):
-        requests = [
-            blocks.Request(torch.tensor(prompt_tokens(lm, item)), config, lm.noise(seed + start + row))
-            for row, item in enumerate(items[start : start + batch])
-        ]
+        requests = []
+        for row, item in enumerate(items[start : start + batch]):
+            asked = constraint(task, item) if constrain else None
+            known = Known(constraint=lm.automaton(asked, config, item.think)) if asked is not None else UNKNOWN
+            prompt, noise = torch.tensor(prompt_tokens(lm, item)), lm.noise(seed + start + row)
+            requests.append(blocks.Request(prompt, config, noise, known))
         for event in blocks.generate(lm.model, requests):
             if isinstance(event, Finished):
                 i = start + event.row

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
+import dgemma
+from dgemma.evals import tasks
 from dgemma.evals.measure import Result, measure, summary, wilson
 from dgemma.evals.tasks import Answer, Item, Score
 from dgemma.language_model import Generation, LanguageModel
@@ -84,3 +86,28 @@ def test_wilson_intervals_are_the_published_ones(hits: int, count: int, low: flo
     assert wilson(hits, count) == pytest.approx((low, high), abs=5e-5)
     below, above = wilson(count - hits, count)
     assert (1 - above, 1 - below) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_answers_can_be_kept_to_what_is_asked_for() -> None:
+    tiny, sudoku = dgemma.load("tiny", "cpu"), dgemma.load("sudoku", "cpu")
+    tiny.model.init_weights(0)
+    sudoku.model.init_weights(0)
+    options = {"max_denoising_steps": 2, "constrain": True}
+    task = tasks.get("extraction")
+    free = measure(tiny, tasks.items(task, 6, 0, held_out=True), task, max_denoising_steps=2)
+    assert not any(r.score.valid for r in free)
+    for name, lm in (("extraction", tiny), ("sudoku", sudoku)):
+        task = tasks.get(name)
+        results = measure(lm, tasks.items(task, 6, 0, held_out=True), task, **options)
+        if name == "extraction":
+            assert all(r.score.valid for r in results)
+        else:
+            assert all(r.score.parts["clues kept"] == 1 for r in results)
+        assert all(r.finish_reason == "stop" for r in results)
+    task = tasks.get("tools")
+    for item, result in zip(
+        some := tasks.items(task, 10, 0, held_out=True), measure(tiny, some, task, **options), strict=True
+    ):
+        if item.answer.get("tool_calls"):
+            assert result.answer.tool_calls
+            assert result.answer.tool_calls[0].name in {tool["function"]["name"] for tool in item.tools}

@@ -93,6 +93,11 @@ def prepare(task: Task) -> None:
         task.pool()
 
 
+def constraint(task: Any, item: Item) -> Any:
+    """What a correct answer's form must be, as far as the question tells: a constraint for `generate`, or None."""
+    return task.constraint(item) if hasattr(task, "constraint") else None
+
+
 def items(task: Task, count: int, seed: int, held_out: bool, level: str | None = None) -> list[Item]:
     """`count` items, of one level or of all in turn, either all held out or none of them."""
     rng = random.Random(seed)

@@ -256,6 +256,11 @@ def check(item: Item, answer: Answer) -> Score:
     return Score(same(value, json.loads(item.answer["content"])), fits(value, item.facts["schema"]))
 
 
+def constraint(item: Item) -> Schema:
+    """What the question asks for, as `LanguageModel.generate` takes it."""
+    return item.facts["schema"]
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two JSON values are equal in type and value (1, 1.0 and true differ), keys in any order."""
     return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)

@@ -73,6 +73,11 @@ def check(item: Item, answer: Answer) -> Score:
     return Score(valid and all(right), valid, {"cells": _share(right), "clues kept": _share(clues)})
 
 
+def constraint(item: Item) -> str:
+    """Nine lines of nine digits in which the clues stand, as an expression."""
+    return item.question[0]["content"].strip().replace("0", "[1-9]")
+
+
 def _cells(text: str) -> str:
     """81 characters, a line of nine for each row; what a line lacks is blank."""
     rows = [*text.strip().splitlines(), *[""] * 9]

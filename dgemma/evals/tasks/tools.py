@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dgemma.constraints.nodes import Node
+from dgemma.constraints.tools import tool_calls
 from dgemma.evals.tasks import Answer, Item, Message, Score, words
 from dgemma.evals.tasks.extraction import fits, same
 from dgemma.evals.tasks.words import Slot
@@ -342,3 +344,9 @@ def _none(rng: random.Random) -> Item:
 
 def _item(messages: tuple[Message, ...], level: str, tools: Sequence[Tool]) -> Item:
     return Item(messages, level, tuple(DECLARATIONS[tool.name] for tool in tools), think=level == "thinking")
+
+
+def constraint(item: Item) -> Node | None:
+    """A call, or several, of the declared tools; nothing where the right answer is none."""
+    calls = item.answer.get("tool_calls")
+    return tool_calls(item.tools, many=len(calls) > 1) if calls else None
