@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from dgemma.config import GenerationConfig, ModelConfig
 
 if TYPE_CHECKING:
+    from dgemma.constraints.grammar import grammar
     from dgemma.decoding.events import Block, Event, Finished, Prefilled, Step
     from dgemma.language_model import Chat, Generation, LanguageModel, load
 
 _LATER = {
     **dict.fromkeys(("Block", "Event", "Finished", "Prefilled", "Step"), "dgemma.decoding.events"),
+    "grammar": "dgemma.constraints.grammar",
     **dict.fromkeys(("Chat", "Generation", "LanguageModel", "load"), "dgemma.language_model"),
 }
 
@@ -28,6 +30,7 @@ __all__ = [
     "ModelConfig",
     "Prefilled",
     "Step",
+    "grammar",
     "load",
 ]
 

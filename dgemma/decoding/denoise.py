@@ -99,7 +99,7 @@ def denoise_step(model: DiffusionGemma, cache: Cache, canvases: Sequence[Canvas]
     uniform = stacked([c.noise.uniform(c.block, n) for c, n in zip(canvases, steps, strict=True)], device)
     read = _read(model, states, torch.tensor(temperatures, device=device), uniform, canvases)
     pinned = torch.stack([c.pinned for c in canvases])
-    if pinned.any():
+    if any(c.endless for c in canvases):
         read = _pin(model, read, pinned, torch.stack([c.given for c in canvases]))
     bounds = torch.tensor([c.options.entropy_bound for c in canvases], device=device)
     accepted = sampler.accept(read.entropy.masked_fill(pinned, math.inf), bounds) | pinned
