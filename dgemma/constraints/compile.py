@@ -40,18 +40,38 @@ def compiled(
     ends: tokens that end an answer. A thought may come before it: an empty one, or any with `think`, where the
     tokenizer has marks for it. ValueError for what cannot be kept to, or would take too much memory or time.
     """
-    if isinstance(constraint, Mapping):
-        key: Any = json.dumps(constraint)
-    else:
-        key = tuple(constraint) if isinstance(constraint, list) else constraint
-    return _compiled(key, isinstance(constraint, Mapping), tokenizer, size, ends, pad, think)
+    return _compiled(_Key.of(constraint), tokenizer, size, ends, pad, think)
+
+
+class _Key:
+    """A constraint that is equal to another of the same content; a node only to itself, since it may be a graph whose
+    paths nobody can count.
+    """
+
+    def __init__(self, constraint: Constraint, content: Any):
+        self.constraint, self.content = constraint, content
+
+    @classmethod
+    def of(cls, constraint: Constraint) -> "_Key":
+        if not isinstance(constraint, Mapping | str | list | tuple):
+            return cls(constraint, id(constraint))
+        try:
+            return cls(constraint, json.dumps(constraint))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the constraint is not JSON: {error}") from None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.content == other.content
+
+    def __hash__(self) -> int:
+        return hash(self.content)
 
 
 @lru_cache(maxsize=64)
 def _compiled(
-    key: Any, schema: bool, tokenizer: Tokenizer, size: int, ends: tuple[int, ...], pad: int, think: bool
+    key: _Key, tokenizer: Tokenizer, size: int, ends: tuple[int, ...], pad: int, think: bool
 ) -> TokenAutomaton:
-    node = node_of(json.loads(key) if schema else key)
+    node = node_of(key.constraint)
     if tokenizer.id(THOUGHT) is not None:
         words = nodes.Repeat(nodes.ANY) if think else nodes.EMPTY
         thought = nodes.sequence(nodes.Special(THOUGHT), "thought\n", words, nodes.Special(THOUGHT_END))

@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any
 
 from dgemma.constraints.equations import Name, either, row, solve
@@ -30,6 +30,7 @@ _LIBRARY = {  # the same languages as in lark's library, without lookbehind and 
 }
 
 
+@lru_cache(maxsize=64)
 def grammar(source: str, depth: int = 8) -> Node:
     r"""The texts of a grammar's rule `start`.
 

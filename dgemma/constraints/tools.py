@@ -1,7 +1,9 @@
 """Calls of tools, in the notation that the model writes them in."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from dgemma.constraints.nodes import Choice, Node, Repeat, Special, sequence
@@ -19,7 +21,12 @@ def tool_calls(tools: Sequence[Mapping[str, Any]], name: str | None = None, many
     A tool is {"type": "function", "function": {"name", "parameters"}}; one without parameters takes no arguments.
     Raises ValueError that names the tool for an unknown name, one that no call can hold, or a schema's trouble.
     """
-    functions = [tool["function"] for tool in prepare_tools(tools)]
+    return _tool_calls(json.dumps(tools), name, many)
+
+
+@lru_cache(maxsize=64)
+def _tool_calls(tools: str, name: str | None, many: bool) -> Node:
+    functions = [tool["function"] for tool in prepare_tools(json.loads(tools))]
     known = [function["name"] for function in functions]
     if name is not None and name not in known:
         raise ValueError(f"there is no tool {name!r}; known are {', '.join(map(repr, known)) or 'none'}")

@@ -11,6 +11,7 @@ from tokenizers.models import BPE
 
 from dgemma import embedded
 from dgemma.constraints import automaton, compile, regex, tokens
+from dgemma.constraints.grammar import grammar
 from dgemma.constraints.nodes import Special, sequence
 from dgemma.constraints.schema import json_object, json_schema
 from dgemma.constraints.tools import tool_calls
@@ -119,3 +120,20 @@ def test_random_expressions_hold_for_any_spelling(tokenizer: Tokenizer) -> None:
             at += len(piece)
         state = made.after(ids)
         assert (state >= 0 and bool(made.done[state])) is (text not in ("ab", "a1b"))
+
+
+def test_what_was_asked_for_before_is_known(tokenizer: Tokenizer) -> None:
+    made = lambda constraint: compile.compiled(constraint, tokenizer, 1024, (1,), 0)  # noqa: E731
+    nested = 'start: e\ne: t ("+" t)*\nt: f ("*" f)*\nf: /[0-9]/ | "(" e ")" | "-" f | e "!"'
+    for ask in (
+        lambda: {"type": "object", "properties": {"a": {"type": "integer"}}},
+        lambda: ["yes", "no"],
+        lambda: "[a-c]+",
+        lambda: tool_calls([dict(TOOL)]),
+        lambda: grammar(nested),  # a graph with more paths than can be gone through
+    ):
+        assert made(ask()) is made(ask())
+    assert made(["a"]) is not made("a")
+    for wrong in ({"const": {1, 2}}, [object()]):
+        with pytest.raises(ValueError, match="not JSON"):
+            made(wrong)
