@@ -1,23 +1,26 @@
 """Infill: what belongs between a prefix and a suffix. Gaps of several lengths are tried as rows of one batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dgemma.config import GenerationConfig
 from dgemma.decoding import blocks
-from dgemma.decoding.events import Finished
 from dgemma.decoding.pins import Known
 from dgemma.model.cache import Cache
 from dgemma.model.network import DiffusionGemma
 from dgemma.scoring import log_probabilities
+from dgemma.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from dgemma.language_model import LanguageModel, Message, Prompt
 
 MARKER = "<fill>"
+LONGEST = 64
+"""Tokens of the longest gap, if nobody tells."""
 SHARE = 2
 """A suffix that is too long keeps one position in so many of its canvas; no gap is longer than the rest."""
 
@@ -33,6 +36,49 @@ class Candidate:
     log_probability: float
     steps: int
     converged: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """A canvas with a gap of `length` tokens from position `start` on; its request's prompt is all that lies before."""
+
+    request: blocks.Request
+    start: int
+    length: int
+
+    @property
+    def tokens(self) -> list[int]:
+        """What the gap holds, once the request is done."""
+        return self.request.tokens[self.start :][: self.length]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A text with a gap, laid out as rows of one batch.
+
+    context: tokens that each row's prompt begins with; before: all tokens before the gap, and after: those behind it
+    that judge every candidate, whether or not its canvas has room for them.
+    """
+
+    rows: list[Row]
+    context: list[int]
+    before: list[int]
+    after: list[int]
+    repeated: bool
+
+    @property
+    def judged(self) -> list[list[int]]:
+        """What is to be scored behind `before`, once all rows are done."""
+        return [[*row.tokens, *self.after] for row in self.rows]
+
+    def ranked(self, tokenizer: Tokenizer, scores: Sequence[float]) -> list[Candidate]:
+        """Best first, by the log-probability of each row of `judged`."""
+        found = []
+        for row, score in zip(self.rows, scores, strict=True):
+            tokens, done = row.tokens, row.request
+            text = tokenizer.decode(tokens, skip_special=True)
+            found.append(Candidate(text, tokens, len(tokens), score, sum(done.steps), all(done.converged)))
+        return sorted(found, key=lambda candidate: -candidate.log_probability)
 
 
 @dataclass(frozen=True)
@@ -52,7 +98,7 @@ def infill(
     lm: "LanguageModel",
     prefix: str,
     suffix: str,
-    max_tokens: int = 64,
+    max_tokens: int = LONGEST,
     *,
     prompt: "Prompt | None" = None,
     lengths: Sequence[int] | None = None,
@@ -65,35 +111,45 @@ def infill(
     if "max_new_tokens" in options:
         raise ValueError("infill takes max_tokens, or lengths, in place of max_new_tokens")
     before, after = (lm.tokenizer.encode(lm.tokenizer.plain(text)) for text in (prefix, suffix))
+    gaps = gap_lengths(max_tokens, lengths, len(after), lm.model.config.canvas_length)
+    layout = lay_out(lm, before, after, gaps, lm.defaults.with_options(**options), seed, prompt, think)
+
+    cache = _encoded(lm.model, layout.context, layout.before)
+    for row in layout.rows:
+        row.request.prompt = row.request.prompt[-1:]  # the cache has the rest
+    shared = cache.select([0 if row.start else 1 for row in layout.rows])
+    for _ in blocks.generate(lm.model, [row.request for row in layout.rows], shared):
+        pass
+    values = log_probabilities(lm.model, cache.select([1]), layout.before[-1], layout.judged)
+    candidates = layout.ranked(lm.tokenizer, list(map(sum, values)))
+    return Infill(candidates[0].text, candidates, layout.repeated, perf_counter() - started)
+
+
+def lay_out(
+    lm: "LanguageModel",
+    before: Sequence[int],
+    after: Sequence[int],
+    gaps: Sequence[int],
+    config: GenerationConfig,
+    seed: int,
+    prompt: "Prompt | None" = None,
+    think: bool = False,
+) -> Layout:
+    """A row for each length of the gap between two texts' tokens; prompt and think as for `LanguageModel.infill`."""
     canvas = lm.model.config.canvas_length
-    gaps = gap_lengths(max_tokens, lengths, len(after), canvas)
     repeated = bool(after) and len(after) > canvas - max(gaps)
-    context = _told(lm, prompt, prefix, suffix, think) if repeated else context_of(lm, prompt, think)
+    context = _told(lm, prompt, before, after, think) if repeated else context_of(lm, prompt, think)
     outside = len(before) // canvas * canvas
     context, inside = [*context, *before[:outside]], before[outside:]
     whole = [*context, *inside]
-
-    cache = _encoded(lm.model, context, whole)
-    requests, begins = [], []
+    rows = []
     for gap in gaps:
         kept = inside if not after or len(inside) + gap + len(after) <= canvas else []
         pins = dict(enumerate(kept)) | dict(enumerate(after[: canvas - gap], len(kept) + gap))
-        config = lm.defaults.with_options(**options, max_new_tokens=gap)
-        begin = context if kept else whole
-        requests.append(blocks.Request(torch.tensor(begin[-1:]), config, lm.noise(seed), Known(pins)))
-        begins.append((0, len(kept)) if kept else (1, 0))
-    events = blocks.generate(lm.model, requests, cache.select([row for row, _ in begins]))
-    done = {event.row: event for event in events if isinstance(event, Finished)}
-    found = [done[row].tokens[start:][:gap] for row, ((_, start), gap) in enumerate(zip(begins, gaps, strict=True))]
-    # The same tokens of the suffix judge every gap, whether or not its canvas had room for them.
-    judged = [[*tokens, *after[:canvas]] for tokens in found]
-    scores = [sum(values) for values in log_probabilities(lm.model, cache.select([1]), whole[-1], judged)]
-    candidates = []
-    for row, (tokens, score) in enumerate(zip(found, scores, strict=True)):
-        text, steps, converged = lm.tokenizer.decode(tokens, skip_special=True), done[row].steps, done[row].converged
-        candidates.append(Candidate(text, tokens, len(tokens), score, sum(steps), all(converged)))
-    candidates.sort(key=lambda candidate: -candidate.log_probability)
-    return Infill(candidates[0].text, candidates, repeated, perf_counter() - started)
+        begin = torch.tensor(context if kept else whole, dtype=torch.int64)
+        request = blocks.Request(begin, replace(config, max_new_tokens=gap), lm.noise(seed), Known(pins))
+        rows.append(Row(request, len(kept), gap))
+    return Layout(rows, context, whole, list(after[:canvas]), repeated)
 
 
 def gap_lengths(max_tokens: int, lengths: Sequence[int] | None, suffix: int, canvas: int) -> list[int]:
@@ -135,9 +191,11 @@ def context_of(lm: "LanguageModel", prompt: "Prompt | None", think: bool = False
     return [lm.model.config.bos_token_id] if prompt is None else lm.tokens(prompt, think=think)
 
 
-def _told(lm: "LanguageModel", prompt: "Prompt | None", prefix: str, suffix: str, think: bool) -> list[int]:
+def _told(
+    lm: "LanguageModel", prompt: "Prompt | None", before: Sequence[int], after: Sequence[int], think: bool
+) -> list[int]:
     """A context that holds the whole text: in a user's message, or as it is where there can be none."""
-    text = f"{prefix}{MARKER}{suffix}"
+    text = MARKER.join(lm.tokenizer.decode(tokens) for tokens in (before, after))
     messages = _messages(lm, prompt)
     if messages is None:
         return [*context_of(lm, prompt, think), *lm.tokenizer.encode(lm.tokenizer.plain(f"{text}\n\n"))]

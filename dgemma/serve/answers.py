@@ -30,12 +30,15 @@ T = TypeVar("T")
 
 @dataclass
 class Choice:
-    """One answer in the making. `reason` is empty until it is complete; `named`: its client chose the tool it calls."""
+    """One answer in the making. `reason` is empty until it is complete; `named`: its client chose the tool it calls;
+    `span`: from where to where a block is text, if the rest was given.
+    """
 
     index: int
     request: Request
     text: ChoiceText
     named: bool = False
+    span: tuple[int, int | None] = (0, None)
     prefilled: Prefilled | None = None
     blocks: list[Block] = field(default_factory=list)
     reason: str = ""
@@ -57,11 +60,21 @@ class Progress:
 class Answers:
     """Submits choices together; iterate over `progress` to bring them to their end.
 
-    steps: report denoising steps too. All is cancelled when the iteration ends, however it ends, or the client leaves.
+    steps: report denoising steps too. given: tokens that the client gave, where they are not the choices' prompts.
+    All is cancelled when the iteration ends, however it ends, or the client leaves.
     """
 
-    def __init__(self, service: Service, http: HttpRequest, body: Generate, choices: Sequence[Choice], steps: bool):
+    def __init__(
+        self,
+        service: Service,
+        http: HttpRequest,
+        body: Generate,
+        choices: Sequence[Choice],
+        steps: bool,
+        given: int | None = None,
+    ):
         self.service, self.http, self.choices, self.seed = service, http, choices, choices[0].request.noise.seed
+        self._given = given
         self._feed, self._started = Feed(steps), time.monotonic()
         self._cancel: list[Callable[[], object]] = []
         try:
@@ -119,8 +132,11 @@ class Answers:
     def usage(self) -> dict[str, Any]:
         """Figures of all choices together; a prompt that several share counts once."""
         firsts = {tuple(c.request.prompt.tolist()): c for c in reversed(self.choices)}.values()
-        prompt = sum(len(c.request.prompt) for c in firsts)
-        cached = sum(c.prefilled.cached for c in firsts if c.prefilled)
+        cached = [c.prefilled.cached for c in firsts if c.prefilled]
+        if self._given is None:
+            prompt, read = sum(len(c.request.prompt) for c in firsts), sum(cached)
+        else:  # the choices' prompts are beginnings of one text
+            prompt, read = self._given, max(cached, default=0)
         completion = sum(len(c.text.tokens) for c in self.choices)
         blocks = [block for c in self.choices for block in c.blocks]
         steps = sum(block.steps for block in blocks)
@@ -128,7 +144,7 @@ class Answers:
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {"cached_tokens": read},
             "completion_tokens_details": {"reasoning_tokens": sum(c.text.reasoning_tokens for c in self.choices)},
             "diffusion": {
                 "denoising_steps": steps,
@@ -152,7 +168,7 @@ class Answers:
             if not any(c.blocks for c in self.choices):
                 metrics.first_block.observe(time.monotonic() - self._started)
             choice.blocks.append(event)
-            increments = choice.text.push(event.tokens)
+            increments = choice.text.push(event.tokens[slice(*choice.span)])
         elif isinstance(event, Finished):
             increments = choice.text.finish()
             # One that keeps to a constraint is whole wherever it ends.
@@ -202,16 +218,21 @@ class Answers:
         self._cancel = [asyncio.create_task(pump()).cancel]
 
 
+def settled(service: Service, body: Generate) -> tuple[int, GenerationConfig]:
+    """The first choice's seed, and how to decode."""
+    seed = secrets.randbits(53) if body.seed is None else body.seed  # 53: a number that JavaScript can hold
+    try:
+        return seed, body.options(service.lm.defaults)
+    except ValueError as error:
+        raise invalid(error, str(error).split()[0]) from None
+
+
 async def make_choices(
     service: Service, body: Generate, prompts: Sequence[Sequence[int]], chat: bool, calls: bool, named: bool = False
 ) -> list[Choice]:
     """Of each prompt as many choices as the body wants made, in order."""
     lm = service.lm
-    seed = secrets.randbits(53) if body.seed is None else body.seed  # 53: a number that JavaScript can hold
-    try:
-        options: GenerationConfig = body.options(lm.defaults)
-    except ValueError as error:
-        raise invalid(error, str(error).split()[0]) from None
+    seed, options = settled(service, body)
     known = await known_of(service, body, options)
     choices: list[Choice] = []
     for prompt in prompts:

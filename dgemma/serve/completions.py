@@ -2,19 +2,20 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from anyio import to_thread
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
+from dgemma.infill import Candidate
 from dgemma.language_model import LanguageModel
-from dgemma.scoring import left_to_right
-from dgemma.serve.answers import Answers, Choice, make_choices, on_engine
+from dgemma.serve.answers import Answers, Choice, make_choices
 from dgemma.serve.errors import invalid
+from dgemma.serve.gap import fill
+from dgemma.serve.logprobs import judge
 from dgemma.serve.schema import CompletionRequest
 from dgemma.serve.service import Service
 from dgemma.serve.sse import event_stream
@@ -23,12 +24,14 @@ from dgemma.text.output import ContentDelta
 
 async def complete(service: Service, body: CompletionRequest, http: HttpRequest) -> Response:
     service.check(body.model)
+    head: dict[str, Any] = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
+    head |= {"created": int(time.time()), "model": service.name, "system_fingerprint": service.fingerprint}
+    if body.suffix:
+        return await _between(service, body, http, head)
     tokens = await prompt_tokens(service, body.prompts)
     # A thought may come before what is bound: the parts must be told apart then.
     choices = await make_choices(service, body, tokens, chat=bool(body.structures), calls=False)
     answers = Answers(service, http, body, choices, steps=False)
-    head: dict[str, Any] = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
-    head |= {"created": int(time.time()), "model": service.name, "system_fingerprint": service.fingerprint}
     if body.stream:
         return event_stream(_chunks(body, answers, head), http.state.request_id)
     await answers.complete()
@@ -36,6 +39,31 @@ async def complete(service: Service, body: CompletionRequest, http: HttpRequest)
         choices = await _best(service, choices, body.candidates, body.n)
     told = [_choice(i, choice.text.content, choice.reason) for i, choice in enumerate(choices)]
     return JSONResponse({**head, "choices": told, "usage": answers.usage()})
+
+
+async def _between(service: Service, body: CompletionRequest, http: HttpRequest, head: dict[str, Any]) -> Response:
+    answers, found = await fill(service, body, http)
+    chunks = _middles(body, answers, found, head)
+    if body.stream:
+        return event_stream(chunks, http.state.request_id)
+    told = [choice async for chunk in chunks if chunk for choice in chunk["choices"]]
+    return JSONResponse({**head, "choices": told, "usage": answers.usage()})
+
+
+async def _middles(
+    body: CompletionRequest,
+    answers: Answers,
+    found: AsyncIterator[list[Candidate] | None],
+    head: dict[str, Any],
+) -> AsyncIterator[dict[str, Any] | None]:
+    async for candidates in found:
+        if candidates is None:
+            yield None
+            continue
+        for i, candidate in enumerate(candidates[: body.n]):
+            yield {**head, "choices": [_choice(i, candidate.text, "stop")]}
+    if body.stream_options and body.stream_options.include_usage:
+        yield {**head, "choices": [], "usage": answers.usage()}
 
 
 async def prompt_tokens(service: Service, prompts: list[str | list[int]]) -> list[list[int]]:
@@ -78,20 +106,10 @@ def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
 async def _best(service: Service, choices: Sequence[Choice], made: int, wanted: int) -> list[Choice]:
     """Of each prompt's choices the likeliest ones a token, best first."""
     best: list[Choice] = []
-    async with service.aside:
-        for first in range(0, len(choices), made):
-            some = choices[first : first + made]
-            passes = _judged(service.lm, some[0].request.prompt, [choice.text.tokens for choice in some])
-            logs = [0.0] * made
-            async for parts in on_engine(service.engine, passes):
-                logs = [log + sum(part) for log, part in zip(logs, parts, strict=True)]
-            order = sorted(range(made), key=lambda i: logs[i] / max(1, len(some[i].text.tokens)), reverse=True)
-            best += [some[i] for i in order[:wanted]]
+    for first in range(0, len(choices), made):
+        some = choices[first : first + made]
+        answers = [choice.text.tokens for choice in some]
+        logs = await judge(service, some[0].request.prompt.tolist(), answers)
+        order = sorted(range(made), key=lambda i: logs[i] / max(1, len(answers[i])), reverse=True)
+        best += [some[i] for i in order[:wanted]]
     return best
-
-
-@torch.inference_mode()
-def _judged(lm: LanguageModel, prompt: torch.Tensor, answers: list[list[int]]) -> Iterator[list[list[float]]]:
-    cache = lm.model.new_cache()
-    lm.model.encode([prompt[:-1]], cache)
-    yield from left_to_right(lm.model, cache, int(prompt[-1]), answers)

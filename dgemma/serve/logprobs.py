@@ -6,6 +6,9 @@ from typing import Any
 import torch
 
 from dgemma.language_model import LanguageModel
+from dgemma.scoring import left_to_right
+from dgemma.serve.answers import on_engine
+from dgemma.serve.service import Service
 from dgemma.text.tokenizer import Tokenizer
 
 CHUNK = 256
@@ -30,6 +33,22 @@ def score(lm: LanguageModel, prompt: torch.Tensor, answer: Sequence[int], top: i
             others = [_entry(lm.tokenizer, other, value) for other, value in best]
             entries.append({**_entry(lm.tokenizer, token, row[token].item()), "top_logprobs": others})
         yield entries
+
+
+async def judge(service: Service, before: Sequence[int], answers: Sequence[Sequence[int]]) -> list[float]:
+    """The log-probability of each answer to the same prompt, in nats."""
+    logs = [0.0] * len(answers)
+    async with service.aside:
+        async for parts in on_engine(service.engine, _passes(service.lm, before, answers)):
+            logs = [log + sum(part) for log, part in zip(logs, parts, strict=True)]
+    return logs
+
+
+@torch.inference_mode()
+def _passes(lm: LanguageModel, before: Sequence[int], answers: Sequence[Sequence[int]]) -> Iterator[list[list[float]]]:
+    cache = lm.model.new_cache()
+    lm.model.encode([torch.tensor(before[:-1], dtype=torch.int64)], cache)
+    yield from left_to_right(lm.model, cache, before[-1], answers)
 
 
 def _entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:

@@ -254,7 +254,11 @@ class ChatRequest(Generate):
 class CompletionRequest(Generate):
     prompt: Prompts
     echo: _only(False) = None  # type: ignore[valid-type]
-    suffix: NotYet = None
+    suffix: Text | None = Field(
+        None,
+        description="what follows the text that is asked for, of max_tokens tokens at most; none if empty. In a text "
+        "on either side special tokens are characters then, and the n answers are of different lengths, best first",
+    )
     logprobs: NotYet = None
     best_of: int | None = Field(
         None, ge=1, le=8, description="answers to make, of which the n likeliest a token, left to right, are returned"
@@ -268,6 +272,12 @@ class CompletionRequest(Generate):
             raise ValueError("best_of is not for stream or autoregressive")
         if self.autoregressive and len(self.prompts) > 1:
             raise ValueError("prompt must be a single one with autoregressive")
+        if self.suffix:
+            plain = ("stop", "best_of", "autoregressive")
+            if given := [*(name for name in plain if getattr(self, name)), *self.known]:
+                raise ValueError(f"{given[0]} has no meaning between a prompt and a suffix")
+            if len(self.prompts) != 1 or self.prompts[0] == []:
+                raise ValueError("prompt must be a single one with suffix, and token ids at least one")
         return self
 
     @property

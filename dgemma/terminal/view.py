@@ -9,8 +9,8 @@ from dgemma.decoding.events import Block, Event, Finished, Prefilled, Step
 from dgemma.terminal.canvas import CanvasText
 from dgemma.terminal.layout import Piece, Row, Style, cells, flow, wrap
 from dgemma.terminal.screen import Screen
-from dgemma.text.output import ContentDelta, Increment, OutputParser, ReasoningDelta
-from dgemma.text.tokenizer import StreamDecoder, Tokenizer
+from dgemma.text.output import ContentDelta, Increment, MarkedDecoder, OutputParser, ReasoningDelta
+from dgemma.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from dgemma.language_model import Generation
@@ -40,7 +40,7 @@ class View:
         self.aside = screen if screen.tty else aside or Screen(sys.stderr)
         self.visual = visual and screen.live
         self.canvas = CanvasText(tokenizer, ends)
-        self._decoder, self._parser = StreamDecoder(tokenizer), OutputParser()
+        self._decoder, self._parser = MarkedDecoder(tokenizer), OutputParser()
         self._thinking = False
         self._tail: list[Piece] = []  # settled text behind the last line break: still in the region
         self._step: Step | None = None
@@ -106,11 +106,15 @@ class View:
         if self.visual and self._undrawn:
             self._draw()
         self._settled += len(block.tokens)
-        self._pass_on(self._parser.push(self._decoder.push(block.tokens)))
+        found: list[Increment] = []
+        for token in block.tokens:
+            text, mark = self._decoder.push(token)
+            found += self._parser.push(text, plain=True) + self._parser.push(mark)
+        self._pass_on(found)
 
     def _close(self) -> None:
         """Lets go of what was held back, clears the region and ends the last line."""
-        self._pass_on([*self._parser.push(self._decoder.finish()), *self._parser.finish()])
+        self._pass_on([*self._parser.push(self._decoder.finish(), plain=True), *self._parser.finish()])
         self.screen.show(self._tail)
         self.screen.end_line()
         self.aside.end_line()

@@ -106,6 +106,27 @@ def test_drafts_tell_every_step_and_an_ordinary_client_passes_over_them(site: Si
     assert "".join(steps[-1]["tokens"]).startswith(right.text)
     assert (events[-1]["text"], events[-1]["reason"]) == (right.text, "stop")
     assert events[-1]["usage"]["diffusion"]["denoising_steps"] == sum(right.steps)
+    (block,) = (e for e in events if e["event"] == "block")
+    assert block["ids"] == right.tokens
+    assert "".join(block["texts"]).startswith(right.text)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_drafts_tell_what_each_token_brings(talker: Site, seed: int) -> None:
+    asked: Any = [{"role": "user", "content": "Tell me of Oslo."}]
+    stream = talker.client.chat.completions.create(
+        model="default", messages=asked, seed=seed, max_tokens=48, stream=True, extra_body={"draft": True}
+    )
+    events = [chunk.to_dict()["dgemma"] for chunk in stream if not chunk.choices]
+    ids = [token for e in events if e["event"] == "block" for token in e["ids"]]
+    texts = [text for e in events if e["event"] == "block" for text in e["texts"]]
+    decode = talker.service.lm.tokenizer.decode
+    assert len(ids) == len(texts) == events[-1]["usage"]["completion_tokens"]
+    assert decode(ids).startswith("".join(texts))  # of a character that the limit cuts, nothing is told
+    for at, text in enumerate(texts):
+        if text and "\ufffd" not in text:
+            before = "".join(texts[:at])
+            assert decode(ids[: at + 1]) == before + text
 
 
 def test_the_autoregressive_mode_beside_a_canvas(site: Site, lm: LanguageModel) -> None:
@@ -135,7 +156,7 @@ def test_completions_take_text_lists_and_tokens(site: Site, lm: LanguageModel) -
     tokens = site.post("/tokenize", prompt="12").json()
     assert create(prompt=tokens["tokens"], **options).choices[0].text == wanted("12")
     assert "".join(c.choices[0].text for c in create(prompt="3", stream=True, **options)) == wanted("3")
-    for field in ("suffix", "echo"):
+    for field in ("logprobs", "echo"):
         with pytest.raises(openai.BadRequestError) as error:
             create(prompt="3", **options, **{field: True})
         assert error.value.param == field

@@ -146,6 +146,15 @@ def test_of_a_canvas_taller_than_the_terminal_its_top_is_shown(emulator: Make, w
     assert out.scrolled + out.lines == text.split("\n")
 
 
+def test_a_mark_that_is_spelled_out_is_text(emulator: Make, wide_tokenizer: Tokenizer):
+    spelled = "<|channel>thought is a mark, <tool_call|> and <turn|> are others"
+    out = emulator(80)
+    tokens = wide_tokenizer.encode(wide_tokenizer.plain(spelled))
+    assert not wide_tokenizer.special_ids & set(tokens)
+    View(Screen(out), wide_tokenizer, (END,)).show(make_events([[tokens]]))
+    assert out.lines == [spelled]
+
+
 @pytest.mark.parametrize(("columns", "rows"), [(1, 1), (2, 2), (3, 1), (7, 2)])
 def test_a_tiny_terminal_is_no_error(columns: int, rows: int, emulator: Make, wide_tokenizer: Tokenizer, slow_clock):
     out = emulator(columns, rows)

@@ -1,15 +1,19 @@
 import { CanvasView } from "./canvas.js";
 import { make } from "./dom.js";
 import { hideHistory, Replay, watchHistory } from "./replay.js";
+import { watchArrows } from "./selection.js";
 
 const MARKER = /<\|\w+>|<\w+\|>/;
 const CALM_SECONDS = 0.5; // between two canvases for who wants less motion
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
+const BLOCKS = Symbol("steps, in memory only");
 const now = () => performance.now() / 1000;
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 export const emptyRecord = (leftToRight = false) => ({
   content: "",
+  ids: [],
+  texts: [], // what each token brings
   reasoning: "",
   calls: [],
   note: "",
@@ -21,7 +25,7 @@ export const emptyRecord = (leftToRight = false) => ({
 /** One answer on the page: its record (what is kept over a reload), and while it comes the canvas it comes from. */
 export class Answer {
   running = false;
-  #blocks = []; // the steps of each block, in memory only
+  #pins;
   #step = null;
   #frame = 0;
   #begun = 0;
@@ -30,9 +34,10 @@ export class Answer {
   #replay = null;
   #final = false; // the whole text has come: what deltas still bring is in it
 
-  /** settings: { noise, pace } as the page has them now; drawn(): called after every change of what is seen. */
-  constructor(title, record, settings, drawn = () => {}) {
+  /** settings: the page's; drawn(): called after every change of what is seen; rewrite(first, end): of tokens. */
+  constructor(title, record, settings, drawn = () => {}, rewrite = null) {
     this.record = record;
+    this.rewrite = rewrite;
     this.settings = settings;
     this.drawn = drawn;
     this.view = new CanvasView("Canvas of the current block");
@@ -40,7 +45,8 @@ export class Answer {
     this.thought = make("div", { className: "text faint" });
     this.thoughts = make("details", { className: "thoughts", hidden: true }, make("summary", {}, "Thoughts"));
     this.thoughts.append(this.thought);
-    this.text = make("div", { className: "text", ariaLive: "polite" });
+    this.text = make("div", { className: "text", role: "group", ariaLabel: "Text: arrows select", ariaLive: "polite" });
+    watchArrows(this.text);
     this.calls = make("div");
     this.note = make("p", { className: "note", hidden: true });
     this.status = make("span", { className: "status faint" });
@@ -54,12 +60,13 @@ export class Answer {
   }
 
   /** Takes a stream to its end. What throws on the way is thrown on; the answer keeps what it had. */
-  async run(chunks, pace) {
+  async run(chunks, pace, pins = {}) {
     this.running = true;
+    this.#pins = pins;
     this.#begun = now();
     const clock = setInterval(() => this.#schedule(), 100);
     try {
-      this.#schedule();
+      this.#draw();
       for await (const chunk of chunks) {
         this.#take(chunk);
         if (chunk.dgemma?.event === "step") await this.#hold(pace);
@@ -89,6 +96,24 @@ export class Answer {
     return Boolean(content || reasoning || calls.length || this.#blocks.length);
   }
 
+  /** First, and behind the last, of the tokens that characters of the text come from, or null. */
+  tokensAt(from, to) {
+    const { texts, content } = this.record;
+    const begin = texts.join("").lastIndexOf(content); // thoughts come before
+    if (begin < 0) return null;
+    let past = -begin;
+    const touched = texts.map((text) => {
+      const at = past;
+      past += text.length;
+      return at < to && (past > from || (!text && at >= from)); // without text: a part of a character
+    });
+    return touched.includes(true) ? [touched.indexOf(true), touched.lastIndexOf(true) + 1] : null;
+  }
+
+  get #blocks() {
+    return (this.record[BLOCKS] ??= []);
+  }
+
   get #steps() {
     return this.#blocks.at(-1) ?? [];
   }
@@ -106,10 +131,13 @@ export class Answer {
     record.usage = chunk.usage ?? record.usage;
     const event = chunk.dgemma ?? {};
     if (event.event === "step") {
+      event.pinned = event.tokens.map((_, i) => record.ids.length + i in this.#pins);
       (this.#blocks[event.block] ??= []).push(event);
       this.#step = event;
     } else if (event.event === "block") {
       this.#step = null;
+      record.ids.push(...event.ids);
+      record.texts.push(...event.texts);
     } else if (event.event === "finished") {
       record.usage = event.usage ?? record.usage;
       // With markers in it, the text is still to be taken apart, which the deltas already are.
@@ -151,6 +179,8 @@ export class Answer {
     this.copy.hidden = this.running || !record.content;
     this.steps.hidden = this.running || !this.#blocks.some((steps) => steps?.length);
     this.element.classList.toggle("running", this.running);
+    this.editable = Boolean(this.rewrite && !this.running && record.content && record.ids?.length);
+    this.text.tabIndex = this.editable ? 0 : -1;
     this.drawn();
   }
 
@@ -173,8 +203,10 @@ export class Answer {
   #drawThoughts() {
     if (!this.record.reasoning) return;
     if (this.thoughts.hidden) this.thoughts.open = this.running;
-    else if (this.running && this.record.content && !this.thoughts.dataset.folded) this.thoughts.open = false;
-    if (this.record.content) this.thoughts.dataset.folded = "once";
+    if (this.record.content && !this.thoughts.dataset.folded) {
+      this.thoughts.open = false;
+      this.thoughts.dataset.folded = "once";
+    }
     this.thoughts.hidden = false;
   }
 

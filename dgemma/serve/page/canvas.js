@@ -8,8 +8,9 @@ let count = 0;
 
 export const level = (nats) => Math.round(LEVELS * Math.min(1, Math.sqrt(Math.max(0, nats) / FULL_NATS)));
 
-/** What a step did to a position: "changed" (another best token than the step before), "accepted" or "renoised". */
+/** What a step did to a position: "pinned", "changed" (another best token than before), "accepted" or "renoised". */
 export function fate(step, before, i) {
+  if (step.pinned?.[i]) return "pinned";
   if (before && before.tokens[i] !== step.tokens[i]) return "changed";
   return step.accepted[i] ? "accepted" : "renoised";
 }
@@ -68,6 +69,8 @@ export class CanvasView {
   #set(i, text, look) {
     const shown = this.#shown[i];
     if (shown.text !== text) this.#cells[i].textContent = shown.text = text;
-    if (shown.look !== look) this.#cells[i].className = shown.look = look;
+    if (shown.look === look) return;
+    this.#cells[i].className = shown.look = look;
+    this.#cells[i].ariaDescription = look.includes("pinned") ? "kept" : null;
   }
 }

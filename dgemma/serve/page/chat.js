@@ -1,6 +1,7 @@
 import { Answer, emptyRecord } from "./answer.js";
 import * as api from "./api.js";
 import { make } from "./dom.js";
+import { watchSelection } from "./selection.js";
 import { Settings } from "./settings.js";
 
 const STORE = "dgemma.chat";
@@ -27,6 +28,7 @@ let unsent = null; // { race } of a message that the server was not there for
 let following = true; // the log is scrolled to its end, and stays there
 const answers = new Set();
 const settings = new Settings(settingsClosed);
+const reselect = watchSelection(answers, () => running || !model);
 
 function save() {
   try {
@@ -95,9 +97,9 @@ function report(error) {
 
 // The conversation
 
-function messages(ask) {
+function messages(ask, turns) {
   const system = state.system.trim() ? [{ role: "system", content: state.system }] : [];
-  const answered = state.turns.filter((turn) => turn.answer.content && converses());
+  const answered = turns.filter((turn) => turn.answer.content && converses());
   const before = answered.flatMap((turn) => [
     { role: "user", content: turn.ask },
     { role: "assistant", content: turn.answer.content },
@@ -105,36 +107,51 @@ function messages(ask) {
   return [...system, ...before, { role: "user", content: ask }];
 }
 
-function request(ask) {
+function request(ask, turns = state.turns, think = state.think && model.dgemma.thinking) {
   const body = {
     model: model.id,
-    messages: messages(ask),
+    messages: messages(ask, turns),
     stream: true,
+    draft: true,
     stream_options: { include_usage: true },
     seed: crypto.getRandomValues(new Uint32Array(1))[0], // drawn here: 64 bits do not fit a number
     ...settings.body(),
   };
-  if (state.think && model.dgemma.thinking) body.chat_template_kwargs = { enable_thinking: true };
+  if (think) body.chat_template_kwargs = { enable_thinking: true };
   return body;
 }
 
 /** Puts a turn on the page: { answer, rival, remove }. */
 function show(turn) {
-  const answer = new Answer(turn.rival ? "Answer by diffusion" : "Answer", turn.answer, settings, follow);
   const rival = turn.rival && new Answer("Answer left to right", turn.rival, settings, follow);
   const ask = make("article", { className: "ask", ariaLabel: "You" }, turn.ask);
   const again = make("button", { type: "button", className: "quiet again" }, "Again");
   const element = make("section", { className: "turn" }, ask);
-  answer.tools.append(again);
+  let answer = null;
+  /** An answer in the place of the one before. */
+  const put = (record) => {
+    const write = (first, end) => rewrite(turn, put, first, end);
+    const next = new Answer(rival ? "Answer by diffusion" : "Answer", record, settings, follow, write);
+    const undo = make("button", { type: "button", className: "quiet", hidden: !record.former }, "Undo");
+    undo.onclick = () => {
+      put((turn.answer = record.former)).text.focus();
+      save();
+    };
+    next.tools.append(undo, again);
+    answer?.element.replaceWith(next.element);
+    answers.delete(answer);
+    answers.add(next);
+    return (answer = next);
+  };
+  put(turn.answer);
   if (rival) {
     const column = (title, one) => make("div", {}, make("h2", {}, title), one.element);
     element.append(make("div", { className: "race" }, column("Diffusion", answer), column("Left to right", rival)));
   } else {
     element.append(answer.element);
   }
-  const both = [answer, rival].filter(Boolean);
   const remove = () => {
-    for (const one of both) answers.delete(one);
+    for (const one of [answer, rival]) answers.delete(one);
     element.remove();
   };
   again.onclick = () => {
@@ -143,7 +160,7 @@ function show(turn) {
     remove();
     start(turn.ask, Boolean(rival));
   };
-  for (const one of both) answers.add(one);
+  if (rival) answers.add(rival);
   $("turns").append(element);
   $("empty").hidden = true;
   return { answer, rival, remove };
@@ -168,22 +185,17 @@ function setInput(text) {
 async function start(ask, race) {
   const turn = { ask, answer: emptyRecord(), rival: race ? emptyRecord(true) : null };
   const body = request(ask);
+  delete body.noise_level; // nothing to begin from
+  turn.answer.think = Boolean(body.chat_template_kwargs);
   state.pending = ask; // a reload in the middle gives it back
   save();
   const { answer, rival, remove } = show(turn);
   following = true;
   follow();
-  unsent = null;
-  notice();
-  busy(new AbortController());
-  const { signal } = running;
   const shared = Object.fromEntries(Object.entries(body).filter(([name]) => SHARED.includes(name)));
-  const stream = (body) => api.chat(body, settings.key, signal);
-  const [outcome] = await Promise.all([
-    attempt(answer, stream({ ...body, draft: true }), race ? 0 : settings.pace), // a race waits for nobody's eyes
-    rival && attempt(rival, stream({ ...shared, autoregressive: true }), 0),
-  ]);
-  busy(null);
+  const jobs = [[answer, body, race ? 0 : settings.pace]]; // a race waits for nobody's eyes
+  if (rival) jobs.push([rival, { ...shared, autoregressive: true }, 0]);
+  const outcome = await generate(...jobs);
   state.pending = "";
   const typed = $("input").value;
   if (outcome && !answer.began && !rival?.began) {
@@ -194,14 +206,38 @@ async function start(ask, race) {
     state.turns.push(turn);
     setInput(typed);
   }
-  if (outcome && outcome.name !== "AbortError") report(outcome);
-  if ([document.body, $("stop")].includes(document.activeElement)) $("input").focus();
+  refocus($("input"));
 }
 
-/** Runs one answer; what ended it early, or null. */
-async function attempt(answer, chunks, pace) {
+/** Writes tokens of an answer again; all others stay. */
+async function rewrite(turn, put, first, end) {
+  const former = turn.answer;
+  const pins = Object.fromEntries(Object.entries(former.ids).filter(([i]) => i < first || i >= end));
+  const before = state.turns.slice(0, state.turns.indexOf(turn));
+  const body = { ...request(turn.ask, before, former.think), pins, max_tokens: end - first };
+  if (body.noise_level < 1) body.vllm_xargs = { diffusion_seed_canvas: former.ids };
+  else delete body.noise_level;
+  let answer = put({ ...emptyRecord(), think: former.think, former });
+  if (await generate([answer, body, settings.pace]) && !answer.began) answer = put(former);
+  turn.answer = answer.record;
+  save();
+  refocus(answer.text);
+}
+
+/** Runs [answer, request, pace] together; what ended the first early, or null. */
+async function generate(...jobs) {
+  unsent = null;
+  notice();
+  busy(new AbortController());
+  const [outcome] = await Promise.all(jobs.map(attempt));
+  busy(null);
+  if (outcome && outcome.name !== "AbortError") report(outcome);
+  return outcome;
+}
+
+async function attempt([answer, body, pace]) {
   try {
-    await answer.run(chunks, pace);
+    await answer.run(api.chat(body, settings.key, running.signal), pace, body.pins);
     return null;
   } catch (error) {
     answer.setNote(error.name === "AbortError" ? "Stopped." : `Cut off: ${error.message}`);
@@ -209,8 +245,13 @@ async function attempt(answer, chunks, pace) {
   }
 }
 
+function refocus(element) {
+  if ([document.body, $("stop")].includes(document.activeElement)) element.focus({ preventScroll: true });
+}
+
 function busy(controller) {
   running = controller;
+  reselect();
   $("stop").hidden = !controller;
   $("send").hidden = $("race").hidden = $("new").disabled = Boolean(controller);
 }

@@ -2,7 +2,7 @@ import { CanvasView, fate, glyph, level } from "./canvas.js";
 import { make, svg } from "./dom.js";
 
 const PLAY_MS = 150;
-const WORDS = { accepted: "accepted", changed: "changed", renoised: "re-noised" };
+const WORDS = { pinned: "kept", renoised: "re-noised" };
 const popover = make("div", { id: "history", role: "tooltip", hidden: true });
 document.body.append(popover);
 let hiding = 0;
@@ -30,7 +30,7 @@ function showHistory(cell, i, steps, at) {
       make("th", { scope: "row" }, String(step.step)),
       make("td", {}, make("span", { className: `cell e${level(step.entropy[i])} ${did}` }, token)),
       make("td", { className: "number" }, step.entropy[i].toFixed(3)),
-      make("td", {}, WORDS[did]),
+      make("td", {}, WORDS[did] ?? did),
     );
   });
   const head = make("tr", {}, ...["step", "token", "nats", ""].map((name) => make("th", { scope: "col" }, name)));

@@ -10,6 +10,7 @@ const FIELDS = [
   ["stability_threshold", "stability_threshold", "Earlier steps with the same canvas to stop", { min: 0, step: 1 }],
   ["confidence_threshold", "confidence_threshold", "Mean entropy in nats to stop", { min: 0, step: "any" }],
   ["temperature", null, "Factor on both temperatures (0: greedy)", { min: 0, max: 2, step: "any", placeholder: "1" }],
+  ["noise_level", null, "Noise in what is written again", { min: 0.05, max: 1, step: "any", placeholder: "1" }],
   ["seed", null, "Seed", { min: 0, max: Number.MAX_SAFE_INTEGER, step: 1, placeholder: "random" }],
 ];
 const STORE = "dgemma.settings";

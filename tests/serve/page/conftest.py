@@ -122,7 +122,11 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, body: dict[str, Any]) -> None:
         ask, mode = body["messages"][-1]["content"], self.script.mode
         text = ask.removeprefix("echo ") if ask.startswith("echo ") else ANSWER
-        words, whole = tokens_of(text), text
+        words = tokens_of(text)
+        if "pins" in body:  # token i + 100 is word i; what is not pinned is new
+            pins = {int(place): token for place, token in body["pins"].items()}
+            words = [words[pins[i] - 100] if i in pins else f" new{i}" for i in range(len(pins) + body["max_tokens"])]
+        text = whole = "".join(words)
         if mode == "thoughts":
             self._delta(reasoning_content="First, think.")
             whole = f"<|channel>thought\nFirst, think.\n<channel|>{text}<|tool_call>call:add{{a:1}}<tool_call|>"
@@ -137,7 +141,9 @@ class Handler(BaseHTTPRequestHandler):
                     self.script.gate.acquire(timeout=10)
             part = "".join(kept)
             last = b == len(blocks) - 1
-            self._event({"event": "block", "block": b, "tokens": len(kept), "steps": STEPS, "text": part})
+            ids = list(range(100 + b * size, 100 + b * size + len(kept)))
+            told = {"block": b, "tokens": len(kept), "steps": STEPS, "text": part, "ids": ids, "texts": kept}
+            self._event({"event": "block", **told})
             held = 3 if last else 0  # characters that could begin a stop string: after the final text
             self._delta(content=part[: len(part) - held])
             if mode == "drop":

@@ -30,3 +30,23 @@ def test_a_puzzle_is_solved_and_raced_for(browser: Any, site: Any) -> None:
     expect(page.locator(".replay .cell")).to_have_count(90)
     assert errors == []
     page.close()
+
+
+def test_a_part_is_written_again(browser: Any, site: Any) -> None:
+    page = browser.new_page()
+    page.goto(site.url)
+    expect(page.locator("#model")).to_contain_text("sudoku")
+    page.get_by_label("Message").fill(PUZZLE)
+    page.get_by_label("Message").press("Enter")
+    text = page.locator(".answer > .text")
+    expect(page.locator(".status")).to_contain_text("tokens/s", timeout=20000)
+    solution = text.inner_text()
+    with page.expect_request("**/v1/chat/completions") as sent:
+        text.focus()
+        page.keyboard.press("ArrowRight")
+        page.get_by_role("button", name="Write again").press("Enter")
+    body = sent.value.post_data_json
+    assert len(body["pins"]) + body["max_tokens"] == len(solution) + 1  # the end token
+    expect(page.get_by_role("button", name="Undo")).to_be_visible(timeout=20000)
+    assert text.inner_text() == solution
+    page.close()
