@@ -161,12 +161,10 @@ class Scheduler:
             with self._lock:
                 job = self.waiting.popleft()
                 self.running.append(job)
-            job.row = self.prefixes.find(job.pages)
-            job.cached = job.row.length
 
     def _encode(self) -> None:
         """Settled canvases, and as much of the prompts as a step may take, in one causal pass."""
-        filling = [job for job in self.running if job.prompt_left]
+        filling = self._filling()
         parts = [(job, job.pending) for job in self.running if job.pending is not None]
         # All get a share, so that a short prompt need not wait for a long one.
         share = self.limits.prefill_tokens // max(1, len(filling))
@@ -185,6 +183,22 @@ class Scheduler:
         for job, _ in parts:
             if job.error is None:
                 self._encoded(job, seconds)
+
+    def _filling(self) -> list[Job]:
+        """Jobs whose prompts are encoded in this step: of those that go on alike the first; others wait for its pages."""
+        found, begun = [], set()
+        for job in self.running:
+            if not job.prompt_left:
+                continue
+            if job.row.length == job.cached:  # nothing of its own yet
+                job.row = self.prefixes.find(job.pages)
+                job.cached = job.row.length
+            page = job.row.length // job.pages.size
+            key = job.pages.keys[page] if page < len(job.pages.keys) else None
+            if key is None or key not in begun or not self.limits.prefix_bytes:
+                found.append(job)
+            begun.add(key)
+        return found
 
     def _chunk(self, job: Job, room: int) -> int:
         """Tokens of a prompt for one step: to a page's end, at least one page, and none dropped before it is kept."""

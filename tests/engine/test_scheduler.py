@@ -133,6 +133,21 @@ def test_a_known_prefix_is_not_encoded_again_and_changes_nothing(model: Diffusio
     assert_same(second.finished, alone(model, request(2, 45, shared=40)))
 
 
+@pytest.mark.parametrize("kept", [1 << 20, 0])
+def test_prompts_that_begin_alike_and_come_together_are_encoded_once(model: DiffusionGemma, kept: int) -> None:
+    scheduler = Scheduler(model, Limits(prefix_bytes=kept, prefill_tokens=16))
+    asked = [request(seed, length, shared=40) for seed, length in ((1, 45), (2, 45), (3, 40), (4, 60), (5, 7))]
+    listeners = [submit(scheduler, one)[1] for one in asked]
+    run(scheduler)
+    told = [listener.events[0] for listener in listeners]
+    assert all(isinstance(event, Prefilled) for event in told)
+    # Whole pages of 4; a prompt that is known to its end keeps a last token to begin with.
+    assert [event.cached for event in told] == ([0, 40, 36, 40, 4] if kept else [0] * 5)
+    for one, listener in zip(asked, listeners, strict=True):
+        again = Request(one.prompt, one.options, one.noise)
+        assert_same(listener.finished, alone(model, again))
+
+
 def test_the_next_turn_finds_what_was_committed(model: DiffusionGemma) -> None:
     scheduler = Scheduler(model, Limits())
     asked = request(3, 9, new=16)
