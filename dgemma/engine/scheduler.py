@@ -185,7 +185,7 @@ class Scheduler:
                 self._encoded(job, seconds)
 
     def _filling(self) -> list[Job]:
-        """Jobs whose prompts are encoded in this step: of those that go on alike the first; others wait for its pages."""
+        """Jobs whose prompts are encoded in this step. Those that go on alike wait for the first one's pages."""
         found, begun = [], set()
         for job in self.running:
             if not job.prompt_left:
