@@ -42,7 +42,7 @@ def read_guided(
 
     def z(places: slice | Tensor) -> Tensor:
         """log2 weights, [tokens by class, places]."""
-        return log2_weights_(scores[:, places].float(), head.cap, temperature)
+        return log2_weights_(scores[:, places].to(torch.float32, copy=True), head.cap, temperature)
 
     peaks, sums = (np.full((n, a.table.shape[1]), NEVER) for _ in range(2))
     for tile in tiles:

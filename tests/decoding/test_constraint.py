@@ -5,9 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from parity.trajectory import CONFIG
 
 from dgemma.decoding.constraint import Guide, TokenAutomaton
-from dgemma.decoding.guided import by_class
+from dgemma.decoding.guided import by_class, read_guided
+from dgemma.decoding.vocabulary import read
+from dgemma.model.head import TiedEmbedding
 
 STATES, TOKENS, LENGTH = 4, 7, 5
 
@@ -146,3 +149,39 @@ def test_sums_by_class_never_vanish(many: int, monkeypatch: pytest.MonkeyPatch) 
         expected = np.logaddexp2.reduce(own, axis=1)
         np.testing.assert_allclose(sums[:, kind - 1], expected, atol=1.01 if kind == 2 else 1e-4)
         np.testing.assert_array_equal(peaks[:, kind - 1], own.max(1).astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", [1, 1 << 20])
+def test_an_automaton_that_forbids_nothing_changes_nothing(
+    tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guided pass against the plain one; and with half of the vocabulary forbidden against that half alone."""
+    monkeypatch.setattr("dgemma.decoding.guided.TILE_BYTES", tile)
+    head = TiedEmbedding(CONFIG)
+    with torch.no_grad():
+        head.weight.normal_(0, 2, generator=torch.Generator().manual_seed(0))
+    head = head.to(dtype)
+    size, length = CONFIG.vocab_size, 6
+    states = torch.randn(1, length, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    uniform = torch.rand(1, length, generator=torch.Generator().manual_seed(2))
+    for temperature in (torch.tensor([0.8]), torch.tensor([0.4])):
+        plain = read(head, states, temperature, uniform)
+        every = np.where(np.arange(size) % 3 == 0, 1, 2).astype(np.int32)
+        for bound in (length, 4):
+            for classes, table in ((every, [[-1, 0, 0]]), (np.where(np.arange(size) < size // 2, 1, 0), [[-1, 0]])):
+                automaton = TokenAutomaton(classes.astype(np.int32), np.array(table, np.int32), np.array([True]))
+                guide = Guide(automaton, 0, automaton.done, {}, bound)
+                found = read_guided(head, states, temperature, uniform, guide, 1e9)
+                if classes is every:
+                    wanted = plain
+                else:
+                    banned = torch.arange(size // 2, size)
+                    where = (torch.arange(length) < bound)[None, :, None].expand(1, length, len(banned))
+                    wanted = read(head, states, temperature, uniform, banned=(banned, where))
+                assert torch.equal(found.best, wanted.best)
+                assert torch.allclose(found.entropy, wanted.entropy, atol=2e-5)
+                assert found.soft is not None
+                assert wanted.soft is not None
+                rough = 1e-5 if dtype == torch.float32 else 0.05
+                assert torch.allclose(found.soft, wanted.soft, atol=rough * float(wanted.soft.abs().max()))
