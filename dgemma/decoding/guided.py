@@ -29,50 +29,53 @@ def read_guided(
 ) -> Reading:
     """As `vocabulary.read`, for one row [1, C, hidden]: what is believed once the whole canvas must fit.
 
-    entropy and soft are those of the marginals; best is the most probable canvas that fits; proposal is drawn from all
-    that fit, where it may be accepted under the entropy bound, and is best elsewhere. Positions behind the guide's
-    length are bound by nothing.
+    entropy is that of the marginals; best is the most probable canvas that fits; proposal is drawn from all that fit,
+    where it may be accepted under the entropy bound, and is best elsewhere. soft is what the network itself believes:
+    fed back the marginals, which are sure early, trained models settled on texts of the wrong length (docs/log.md).
+    Positions behind the guide's length are bound by nothing.
     """
     n, a = guide.length, guide.automaton
     order = torch.from_numpy(a.order).to(states.device)
-    of_all = head.scores_by_token(states[0, :n])
-    scores = of_all.index_select(0, order)
-    columns = max(1, TILE_BYTES // (4 * len(order)))
+    scores = head.scores_by_token(states[0, :n])
+    columns = max(1, TILE_BYTES // (4 * len(scores)))
     tiles = [slice(i, min(n, i + columns)) for i in range(0, n, columns)]
 
     def z(places: slice | Tensor) -> Tensor:
-        """log2 weights, [tokens by class, places]."""
+        """log2 weights, [V, places]."""
         return log2_weights_(scores[:, places].to(torch.float32, copy=True), head.cap, temperature)
 
     peaks, sums = (np.full((n, a.table.shape[1]), NEVER) for _ in range(2))
     for tile in tiles:
-        peaks[tile, 1:], sums[tile, 1:] = by_class(z(tile), a)
+        peaks[tile, 1:], sums[tile, 1:] = by_class(z(tile).index_select(0, order), a)
     solution = guide.solve(sums, peaks, uniform[0, :n].double().numpy(force=True))
 
     at = torch.empty(n, dtype=torch.int64)
     entropy, total = (torch.empty(1, n, device=scores.device) for _ in range(2))
     bonus = torch.from_numpy(solution.bonus[:, 1:].T.astype(np.float32)).to(scores.device)
     sizes = torch.from_numpy(np.diff(a.bounds)).to(scores.device)
-    weighed = torch.empty_like(scores)
+    free = torch.empty_like(scores) if soft else None
     for tile in tiles:
-        beliefs = z(tile).add_(bonus[:, tile].repeat_interleave(sizes, 0, output_size=len(order)))
+        own = z(tile)
+        beliefs = own.index_select(0, order).add_(bonus[:, tile].repeat_interleave(sizes, 0, output_size=len(order)))
         top, at[tile] = beliefs.max(0)
         weights = beliefs.sub_(top).exp2()
-        total[0, tile] = weights.sum(0)
+        mass = weights.sum(0)
         # H = log Z - E[log weight]
-        entropy[0, tile] = total[0, tile].log() - math.log(2) * beliefs.mul_(weights).sum(0) / total[0, tile]
-        weighed[:, tile] = weights
+        entropy[0, tile] = mass.log() - math.log(2) * beliefs.mul_(weights).sum(0) / mass
+        if free is not None:
+            free[:, tile] = own.sub_(own.amax(0)).exp2_()
+            total[0, tile] = own.sum(0)
+    live = lambda places: z(places).index_select(0, order)  # noqa: E731
     # The likeliest token of all is nearly always of the likeliest class.
     best = torch.from_numpy(a.order[at.numpy()])
     others = (a.classes[best] != solution.best).nonzero()[0]
-    best[others] = _chosen(z, a, others, solution.best, lambda rows, places: rows.argmax(0))
+    best[others] = _chosen(live, a, others, solution.best, lambda rows, places: rows.argmax(0))
     proposal, left = best.clone(), torch.from_numpy(solution.left).to(scores.device)
     taken = _acceptable(entropy[0].numpy(force=True), guide, bound)
-    proposal[taken] = _chosen(z, a, taken, solution.drawn, lambda rows, places: _draw(rows, left[places]))
+    proposal[taken] = _chosen(live, a, taken, solution.drawn, lambda rows, places: _draw(rows, left[places]))
     expected = None
-    if soft:
-        expected = of_all.zero_().index_copy_(0, order, weighed).T @ head.weight
-        expected = (expected[None] * (head.scale / total)[..., None]).to(states.dtype)
+    if free is not None:
+        expected = ((free.T @ head.weight)[None] * (head.scale / total)[..., None]).to(states.dtype)
     found = Reading(best[None].to(scores.device), entropy, proposal[None].to(scores.device), expected)
     if n == states.shape[1]:
         return found
