@@ -56,6 +56,10 @@ class Spellings:
         self.special_ids = frozenset(i for i, token in tokens.items() if token.kind == "special")
         self.byte_ids = frozenset(i for i, token in tokens.items() if token.kind == "byte")
 
+    def id(self, token: str) -> int | None:
+        """Of a special token."""
+        return next((i for i in self.special_ids if self.texts[i] == token), None)
+
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         kept = [i for i in ids if not (skip_special and i in self.special_ids)]
         runs = groupby(kept, key=self.byte_ids.__contains__)
