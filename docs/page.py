@@ -32,7 +32,7 @@ def main() -> None:
 
 def shoot(browser, url: str, scheme: str, path: Path, finished: bool) -> None:  # type: ignore[no-untyped-def]
     """The page while an answer comes out of noise, or the steps of a finished one."""
-    page = browser.new_page(viewport=SIZE, color_scheme=scheme)
+    page = browser.new_page(viewport=SIZE, color_scheme=scheme, bypass_csp=True)
     page.goto(url)
     page.wait_for_function("document.getElementById('model').textContent")
     page.fill("#input", QUESTION)
