@@ -128,7 +128,7 @@ def short_canvases() -> None:
         with mock.patch.object(lm.model, "config", config), torch.inference_mode():
             for name in ("arithmetic", "sorting"):
                 task = tasks.get(name)
-                results = measure(lm, tasks.items(task, 60, 7, held_out=True), task, batch=1)
+                results = measure(lm, tasks.items(task, 42, 7, held_out=True), task, batch=1)
                 row, seconds = summary(results)[-1], sum(r.answer.seconds["denoise"] for r in results) / len(results)
                 print(f"| {size} | {name} | {100 * row.exact.share:.0f} % | {row.steps:.1f} | {seconds:.3f} |")
 
