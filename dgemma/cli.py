@@ -15,7 +15,17 @@ from dgemma.bench.cli import app as bench
 from dgemma.checkpoints.source import folders_of, resolve
 from dgemma.commands import edit, infill
 from dgemma.evals.cli import evaluate, evaluate_spans
-from dgemma.flags import Device, Dtype, Model, UsageError, check_folders, checked, config_flags, constraint_of
+from dgemma.flags import (
+    Device,
+    Dtype,
+    Model,
+    UsageError,
+    check_folders,
+    checked,
+    config_flags,
+    constraint_of,
+    load_checked,
+)
 from dgemma.serve.cli import serve
 from dgemma.train.cli import teach, train
 
@@ -277,9 +287,7 @@ def _prompt(given: str | None) -> str:
 
 
 def _load(model: str, directory: Path, device: str, dtype: str, think: bool) -> "LanguageModel":
-    from dgemma.language_model import load
-
-    lm = load(model if directory.parent == embedded.HERE else directory, device, dtype)
+    lm = load_checked(model, directory, device, dtype)
     if think and lm.template is None:
         raise UsageError(f"--think has no effect: {model} has no chat template")
     return lm

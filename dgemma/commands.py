@@ -11,19 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgemma import embedded
-from dgemma.flags import Device, Dtype, UsageError, checked, config_flags
+from dgemma.config import GAP_MARKER, GAP_TOKENS
+from dgemma.flags import Device, Dtype, UsageError, checked, config_flags, load_checked
 
 if TYPE_CHECKING:
     from dgemma.edit import Edit
     from dgemma.infill import Infill
-    from dgemma.language_model import LanguageModel
     from dgemma.terminal.layout import Piece
 
 STDIN = "-"
-MARKER = "<fill>"
-TOKENS = 64
-"""Of a gap at most, if not told."""
 
 Target = Annotated[
     list[str] | None,
@@ -40,7 +36,7 @@ def infill(
     target: Target = None,
     at: Annotated[str | None, typer.Option(help="where the gap begins, from 1:1", metavar="LINE:COL")] = None,
     end: Annotated[str | None, typer.Option(help="where the text goes on; else at once", metavar="LINE:COL")] = None,
-    marker: Annotated[str | None, typer.Option(help="what marks the gap without --at", show_default=MARKER)] = None,
+    marker: Annotated[str | None, typer.Option(help="what marks the gap without --at", show_default=GAP_MARKER)] = None,
     lengths: Annotated[str | None, typer.Option(help="of gaps to try, in tokens", metavar="N,N …")] = None,
     prompt: Prompt = None,
     show_all: Annotated[bool, typer.Option("--all", help="print a table of all candidates")] = False,
@@ -69,10 +65,10 @@ def infill(
     tried = None if lengths is None else _numbers(lengths, ",", "--lengths", "8,16")
     model, file = _target(target, write)
     text = _read(file)
-    prefix, suffix = _around(text, at, end) if at is not None else _parted(text, marker or MARKER)
+    prefix, suffix = _around(text, at, end) if at is not None else _parted(text, marker or GAP_MARKER)
     options = {name: value for name, value in config.items() if name != "max_new_tokens"}
-    most = config.get("max_new_tokens", TOKENS)
-    lm = _load(model, options, device, dtype)
+    most = config.get("max_new_tokens", GAP_TOKENS)
+    lm = load_checked(model, checked(model, options), device, dtype)
     from dgemma.terminal.layout import Style
     from dgemma.terminal.screen import note
 
@@ -122,7 +118,7 @@ def edit(
     if not text:
         raise UsageError(f"{file} is empty: there is nothing to edit")
     spans = [_span(text, given) for given in lines] if lines else None
-    lm = _load(model, config, device, dtype)
+    lm = load_checked(model, checked(model, config), device, dtype)
     from dgemma.terminal.screen import note
 
     made = lm.edit(text, spans, instruction, noise, prompt=prompt, seed=seed, **config)
@@ -217,13 +213,6 @@ def _span(text: str, given: str) -> tuple[int, int]:
     if start == stop:
         raise UsageError(f"--lines {given}: there is nothing in them; dgemma infill writes what is not there")
     return start, stop
-
-
-def _load(model: str, config: dict[str, Any], device: str, dtype: str) -> "LanguageModel":
-    directory = checked(model, config)
-    from dgemma.language_model import load
-
-    return load(model if directory.parent == embedded.HERE else directory, device, dtype)
 
 
 def _replace(file: str, text: str) -> None:

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any, Self
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+GAP_MARKER = "<fill>"
+GAP_TOKENS = 64
+"""Infill's longest gap, if nobody tells."""
 
 
 @dataclass(frozen=True)

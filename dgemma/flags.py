@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dgemma import embedded
 from dgemma.checkpoints.source import defaults_of, folders_of, resolve
 from dgemma.config import GenerationConfig
 
 if TYPE_CHECKING:
     from dgemma.constraints.compile import Constraint
+    from dgemma.language_model import LanguageModel
 
 ALIASES = {"max_new_tokens": ("-n",), "max_denoising_steps": ("--steps",)}
 
@@ -64,6 +66,13 @@ def checked(model: str, config: dict[str, Any]) -> Path:
     except ValueError as error:
         raise UsageError(str(error)) from None
     return directory
+
+
+def load_checked(model: str, directory: Path, device: str, dtype: str) -> "LanguageModel":
+    """The model of `checked`; one that ships keeps its name."""
+    from dgemma.language_model import load
+
+    return load(model if directory.parent == embedded.HERE else directory, device, dtype)
 
 
 def check_folders(*files: Path | None) -> None:

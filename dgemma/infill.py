@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dgemma.config import GenerationConfig
+from dgemma.config import GAP_MARKER, GAP_TOKENS, GenerationConfig
 from dgemma.decoding import blocks
 from dgemma.decoding.pins import Known
 from dgemma.model.cache import Cache
@@ -18,9 +18,6 @@ from dgemma.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from dgemma.language_model import LanguageModel, Message, Prompt
 
-MARKER = "<fill>"
-LONGEST = 64
-"""Tokens of the longest gap, if nobody tells."""
 SHARE = 2
 """A suffix that is too long keeps one position in so many of its canvas; no gap is longer than the rest."""
 
@@ -98,7 +95,7 @@ def infill(
     lm: "LanguageModel",
     prefix: str,
     suffix: str,
-    max_tokens: int = LONGEST,
+    max_tokens: int = GAP_TOKENS,
     *,
     prompt: "Prompt | None" = None,
     lengths: Sequence[int] | None = None,
@@ -195,11 +192,11 @@ def _told(
     lm: "LanguageModel", prompt: "Prompt | None", before: Sequence[int], after: Sequence[int], think: bool
 ) -> list[int]:
     """A context that holds the whole text: in a user's message, or as it is where there can be none."""
-    text = MARKER.join(lm.tokenizer.decode(tokens) for tokens in (before, after))
+    text = GAP_MARKER.join(lm.tokenizer.decode(tokens) for tokens in (before, after))
     messages = _messages(lm, prompt)
     if messages is None:
         return [*context_of(lm, prompt, think), *lm.tokenizer.encode(lm.tokenizer.plain(f"{text}\n\n"))]
-    asked = f"Write this text in full, with what belongs in the place of {MARKER}:\n\n{text}"
+    asked = f"Write this text in full, with what belongs in the place of {GAP_MARKER}:\n\n{text}"
     if messages and messages[-1]["role"] == "user" and isinstance(messages[-1]["content"], str):
         asked = f"{messages.pop()['content']}\n\n{asked}"  # templates refuse two turns of a user in a row
     return lm.tokens([*messages, {"role": "user", "content": asked}], think=think)

@@ -11,7 +11,7 @@ from dgemma import candidates, embedded, scoring
 from dgemma.checkpoints.adapters import load_adapter
 from dgemma.checkpoints.load import load_model
 from dgemma.checkpoints.source import defaults_of, folders_of, holder, resolve
-from dgemma.config import GenerationConfig
+from dgemma.config import GAP_TOKENS, GenerationConfig
 from dgemma.constraints.compile import Constraint, compiled
 from dgemma.decoding import autoregressive as left_to_right
 from dgemma.decoding import blocks
@@ -153,7 +153,7 @@ class LanguageModel:
         self,
         prefix: str,
         suffix: str,
-        max_tokens: int = 64,
+        max_tokens: int = GAP_TOKENS,
         *,
         prompt: Prompt | None = None,
         lengths: Sequence[int] | None = None,

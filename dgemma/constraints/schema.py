@@ -36,7 +36,7 @@ from dgemma.constraints.notation import CALL, JSON, WHITESPACE, Notation
 from dgemma.constraints.numbers import number
 from dgemma.constraints.strings import other_than
 
-__all__ = ["CALL", "JSON", "WHITESPACE", "Notation", "json_object", "json_schema"]
+__all__ = ["CALL", "JSON", "WHITESPACE", "Notation", "json_schema"]
 
 
 def json_schema(schema: Mapping[str, Any] | bool, notation: Notation = JSON) -> Node:
@@ -48,11 +48,6 @@ def json_schema(schema: Mapping[str, Any] | bool, notation: Notation = JSON) -> 
         return _Writer(schema, notation).value((Place(schema),))
     except RecursionError:
         raise ValueError("#: the schema is nested too deeply") from None
-
-
-def json_object(notation: Notation = JSON) -> Node:
-    """Any object, nested at most DEPTH_FREE levels."""
-    return json_schema({"type": "object"}, notation)
 
 
 def type_of(value: Any) -> str:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgemma import embedded
 from dgemma.evals import conversations, tasks
-from dgemma.flags import Device, Dtype, Model, UsageError, check_folders, checked, config_flags
+from dgemma.flags import Device, Dtype, Model, UsageError, check_folders, checked, config_flags, load_checked
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -64,7 +63,6 @@ def evaluate(
     from dgemma.evals import report
     from dgemma.evals.measure import measure, summary
     from dgemma.evals.perplexity import judgement, load_judge
-    from dgemma.language_model import load
 
     if png:
         report.pyplot()  # what is missing shows before the work, not after it
@@ -77,7 +75,7 @@ def evaluate(
             drawn = (tasks.items(chosen, count or COUNT, seed, held_out=True, level=level) for level in wanted)
             items = [item for level in drawn for item in level]
         progress.update(bar, description="model")
-        lm = load(model if directory.parent == embedded.HERE else directory, device, dtype)
+        lm = load_checked(model, directory, device, dtype)
         progress.update(bar, description="answers", total=len(items))
         done = lambda count: progress.update(bar, completed=count)  # noqa: E731
         results = measure(lm, items, chosen, batch, seed, done, constrain, **config)
@@ -124,12 +122,11 @@ def evaluate_spans(
 
     from dgemma.evals.report import share_markdown
     from dgemma.evals.spans import measure_spans, summary
-    from dgemma.language_model import load
 
     with _progress() as progress:
         bar = progress.add_task("spans", total=None)
         items = [i for level in wanted for i in tasks.items(chosen, count, seed, held_out=True, level=level)]
-        lm = load(model if directory.parent == embedded.HERE else directory, device, dtype)
+        lm = load_checked(model, directory, device, dtype)
         progress.update(bar, total=len(items))
         results = measure_spans(lm, items, seed, lambda done: progress.update(bar, completed=done), **config)
     rows = summary(results)

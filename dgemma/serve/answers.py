@@ -171,8 +171,7 @@ class Answers:
             increments = choice.text.push(event.tokens[slice(*choice.span)])
         elif isinstance(event, Finished):
             increments = choice.text.finish()
-            # One that keeps to a constraint is whole wherever it ends.
-            choice.reason = "stop" if choice.request.known.constraint else event.reason
+            choice.reason = event.reason
         if choice.text.stopped:
             choice.reason = "stop"
         return increments

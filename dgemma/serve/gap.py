@@ -7,8 +7,8 @@ from functools import partial
 from anyio import to_thread
 from fastapi import Request as HttpRequest
 
-from dgemma.config import GenerationConfig
-from dgemma.infill import LONGEST, Candidate, Layout, gap_lengths, lay_out
+from dgemma.config import GAP_TOKENS, GenerationConfig
+from dgemma.infill import Candidate, Layout, gap_lengths, lay_out
 from dgemma.language_model import LanguageModel
 from dgemma.serve.answers import KEEP_ALIVE, Answers, Choice, settled
 from dgemma.serve.errors import ApiError, invalid
@@ -55,7 +55,7 @@ def _laid_out(lm: LanguageModel, body: CompletionRequest, options: GenerationCon
     else:
         first, *before = lm.tokens(prompt)
         context = [first]
-    gaps = gap_lengths(body.max_tokens or LONGEST, None, len(after), lm.model.config.canvas_length)
+    gaps = gap_lengths(body.max_tokens or GAP_TOKENS, None, len(after), lm.model.config.canvas_length)
     return lay_out(lm, before, after, gaps, options, seed, context), 1 + len(before) + len(after)
 
 

@@ -14,7 +14,7 @@ import dgemma
 from dgemma import embedded
 from dgemma.config import ModelConfig
 from dgemma.constraints.grammar import grammar
-from dgemma.constraints.schema import json_object
+from dgemma.constraints.schema import json_schema
 from dgemma.constraints.tools import tool_calls
 from dgemma.decoding import blocks
 from dgemma.decoding.blocks import Request
@@ -77,7 +77,7 @@ def test_the_other_kinds(lm: LanguageModel, steps: int) -> None:
         ask = lambda constraint, seed=seed: lm.generate("Hi", constraint=constraint, seed=seed, **options)  # noqa: E731
         assert ask(["yes", "no", "neither of them"]).text in ("yes", "no", "neither of them")
         assert re.fullmatch(r"[a-f]{5,40}-\d+", ask(r"[a-f]{5,40}-\d+").text)
-        assert isinstance(json.loads(ask(json_object()).text), dict)
+        assert isinstance(json.loads(ask(json_schema({"type": "object"})).text), dict)
         sums = ask(grammar('start: n ("+" n)*\nn: /[0-9]+/ | "(" start ")"'))
         assert re.fullmatch(r"[0-9+()]+", sums.text)
         eval(re.sub(r"\b0+(?=\d)", "", sums.text))

@@ -13,7 +13,7 @@ from dgemma import embedded
 from dgemma.constraints import automaton, compile, regex, tokens
 from dgemma.constraints.grammar import grammar
 from dgemma.constraints.nodes import Special, sequence
-from dgemma.constraints.schema import json_object, json_schema
+from dgemma.constraints.schema import json_schema
 from dgemma.constraints.tools import tool_calls
 from dgemma.text.tokenizer import Tokenizer
 
@@ -22,7 +22,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties
 NODES = {
     "expression": regex.fullmatch(r"([a-z]+|ä€😀)(, ?[A-Z]{2,4})*"),
     "schema": json_schema({"properties": {"a": {"type": "string", "maxLength": 5}, "b": {"type": "integer"}}}),
-    "object": json_object(),
+    "object": json_schema({"type": "object"}),
     "call": tool_calls([TOOL]),
 }
 
@@ -97,7 +97,7 @@ def test_what_a_tokenizer_cannot_give(tokenizer: Tokenizer) -> None:
 def test_a_table_too_large_is_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "LIMIT", 5000)
     with pytest.raises(ValueError, match="too large for this tokenizer"):
-        tokens.lift(automaton.build(json_object()), tokenizer, len(tokenizer), (1,), 0)
+        tokens.lift(automaton.build(json_schema({"type": "object"})), tokenizer, len(tokenizer), (1,), 0)
 
 
 @pytest.mark.parametrize("constraint", [[], [1], ["a", ""], None, 3, True])
