@@ -6,19 +6,21 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from dgemma import embedded
 from dgemma.bench.cli import app as bench
 from dgemma.checkpoints.source import folders_of, resolve
+from dgemma.checks import verify
 from dgemma.commands import edit, infill
 from dgemma.evals.cli import evaluate, evaluate_spans
 from dgemma.flags import (
     Device,
     Dtype,
     Model,
+    Quantize,
     UsageError,
     check_folders,
     checked,
@@ -60,6 +62,7 @@ app.command("eval-spans")(evaluate_spans)
 app.command("serve")(serve)
 app.command("infill")(infill)
 app.command("edit")(edit)
+app.command("verify")(verify)
 
 
 @app.callback(invoke_without_command=True)
@@ -89,6 +92,7 @@ def run(
     temperature: Temperature = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     *,
     config: dict[str, Any],
 ) -> None:
@@ -111,7 +115,7 @@ def run(
         except ValueError as error:
             raise UsageError(str(error)) from None
 
-    lm = _load(model, directory, device, dtype, think)
+    lm = _load(model, directory, device, dtype, quantize, think)
     messages = [{"role": "system", "content": system}] if system else []
     asked = [*messages, {"role": "user", "content": text}] if system else text
     events = lm.stream(asked, think=think, constraint=constraint, **options)
@@ -155,6 +159,7 @@ def chat(
     api_key: Annotated[str | None, typer.Option(help="for --url", show_default="DGEMMA_API_KEY")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     *,
     config: dict[str, Any],
 ) -> None:
@@ -171,7 +176,7 @@ def chat(
     if api_key is not None:
         raise UsageError("--api-key has no effect without --url")
     model = model or "tiny"
-    lm = _load(model, checked(model, config), device, dtype, think)
+    lm = _load(model, checked(model, config), device, dtype, quantize, think)
     from dgemma.terminal.chat import Conversation
     from dgemma.terminal.screen import Screen
     from dgemma.terminal.view import View
@@ -244,6 +249,24 @@ def merge(
 
 
 @app.command()
+def quantize(
+    model: Model,
+    format: Annotated[Literal["int8", "fp8", "int4", "nvfp4"], typer.Option(help="of attention, dense MLPs, experts")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the directory to write")],
+    group: Annotated[Literal["32", "64", "128"], typer.Option(help="columns that share a scale of int4")] = "32",
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="the token embeddings too, in int8")] = False,
+) -> None:
+    """Write a model in fewer bits, in the layout of compressed-tensors, experts one by one."""
+    from dgemma.checkpoints.save import save_model
+    from dgemma.language_model import load
+    from dgemma.quant.quantize import Quantization
+
+    directory = resolve(model)
+    lm = load(directory, "cpu", quantize=Quantization(format, int(group), embeddings))
+    save_model(lm.model, out, lm.defaults, folders_of(directory), max_shard_bytes=2_000_000_000)
+
+
+@app.command()
 def info(model: Annotated[str, typer.Argument(help="embedded name, directory or hub id")]) -> None:
     """Tell a model's sizes, what its file holds and how much memory it takes."""
     from dgemma.terminal.info import describe
@@ -286,8 +309,8 @@ def _prompt(given: str | None) -> str:
     return text.removesuffix("\n")
 
 
-def _load(model: str, directory: Path, device: str, dtype: str, think: bool) -> "LanguageModel":
-    lm = load_checked(model, directory, device, dtype)
+def _load(model: str, directory: Path, device: str, dtype: str, quantize: str | None, think: bool) -> "LanguageModel":
+    lm = load_checked(model, directory, device, dtype, quantize)
     if think and lm.template is None:
         raise UsageError(f"--think has no effect: {model} has no chat template")
     return lm

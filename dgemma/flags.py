@@ -23,6 +23,11 @@ Model = Annotated[str, typer.Argument(help="embedded name, directory or hub id")
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: the file's own")]
 
+Quantize = Annotated[
+    Literal["int8", "fp8", "int4", "nvfp4"] | None,
+    typer.Option(help="keep attention, dense MLPs and experts in fewer bits, quantised while they are read"),
+]
+
 
 class UsageError(Exception):
     """What was asked for makes no sense, whatever the model; exit code 2."""
@@ -68,11 +73,11 @@ def checked(model: str, config: dict[str, Any]) -> Path:
     return directory
 
 
-def load_checked(model: str, directory: Path, device: str, dtype: str) -> "LanguageModel":
+def load_checked(model: str, directory: Path, device: str, dtype: str, quantize: str | None = None) -> "LanguageModel":
     """The model of `checked`; one that ships keeps its name."""
     from dgemma.language_model import load
 
-    return load(model if directory.parent == embedded.HERE else directory, device, dtype)
+    return load(model if directory.parent == embedded.HERE else directory, device, dtype, quantize)
 
 
 def check_folders(*files: Path | None) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from dgemma import candidates, embedded, scoring
 from dgemma.checkpoints.adapters import load_adapter
-from dgemma.checkpoints.load import load_model
-from dgemma.checkpoints.source import defaults_of, folders_of, holder, resolve
+from dgemma.checkpoints.gguf import read_gguf
+from dgemma.checkpoints.load import load_gguf, load_model
+from dgemma.checkpoints.source import GGUF, defaults_of, folders_of, holder, resolve
 from dgemma.config import GAP_TOKENS, GenerationConfig
 from dgemma.constraints.compile import Constraint, compiled
 from dgemma.decoding import autoregressive as left_to_right
@@ -24,6 +25,9 @@ from dgemma.infill import Infill, infill
 from dgemma.model.cache import Cache
 from dgemma.model.lora import merge_lora
 from dgemma.model.network import DiffusionGemma
+from dgemma.quant.modules import matrices
+from dgemma.quant.quantize import Quantization
+from dgemma.text import ggml_tokenizer
 from dgemma.text.chat import ChatTemplate
 from dgemma.text.output import ToolCall, parse_tokens
 from dgemma.text.tokenizer import Tokenizer
@@ -362,19 +366,27 @@ class Chat:
         self._encoded, self._cache = tokens, cache
 
 
-def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> LanguageModel:
-    """A model from a hub id, a directory in the released format, or the name of an embedded model.
+def load(
+    source: str | Path, device: str = "auto", dtype: str = "auto", quantize: str | Quantization | None = None
+) -> LanguageModel:
+    """A model from a hub id, a directory in the released format, a GGUF file, or the name of an embedded model.
 
     A directory, or hub id, of a LoRA adapter gives its base model with the adapter merged into it; tokenizer and chat
     template are the adapter's where it brings its own.
     device: "auto" takes a CUDA device if there is one; dtype: "auto" is the file's own, or "float32", "bfloat16",
-    "float16". Errors are one line that names the file, tensor or value and says what to do.
+    "float16". quantize: "int8", "fp8", "int4", "nvfp4" or a Quantization keeps attention, dense MLPs and experts of a
+    file that is not quantised in fewer bits; an adapter then stays beside them. Errors are one line that names the
+    file, tensor or value and says what to do.
     """
-    folders = folders_of(resolve(source))
-    model = load_model(folders[-1], device, dtype).requires_grad_(False)
+    path = resolve(source)
+    if path.suffix == GGUF:
+        return _load_gguf(str(source), path, device, dtype, quantize)
+    folders = folders_of(path)
+    model = load_model(folders[-1], device, dtype, quantize).requires_grad_(False)
     for adapter in folders[:-1]:
         load_adapter(model, adapter)
-        merge_lora(model)
+        if not matrices(model):
+            merge_lora(model)
     return LanguageModel(
         name=str(source),
         model=model,
@@ -383,3 +395,18 @@ def load(source: str | Path, device: str = "auto", dtype: str = "auto") -> Langu
         defaults=defaults_of(folders),
         task=embedded.task(folders[0]),
     )
+
+
+def _load_gguf(name: str, path: Path, device: str, dtype: str, quantize: str | Quantization | None) -> LanguageModel:
+    if quantize:
+        raise ValueError(f"{path}: quantize has no effect on a GGUF file, which is taken as it is")
+    gguf = read_gguf(path)
+    try:
+        names = ggml_tokenizer.names(gguf.keys)
+        tokenizer = Tokenizer(ggml_tokenizer.backend(gguf.keys), names)
+        template = gguf.keys.get("tokenizer.chat_template")
+        chat = ChatTemplate(template, names) if template else None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    model = load_gguf(gguf, device, dtype).requires_grad_(False)
+    return LanguageModel(name, model, tokenizer, chat, gguf.generation)

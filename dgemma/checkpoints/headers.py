@@ -14,7 +14,7 @@ _LFS = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies. `dtype` is safetensors' name for it, such as "BF16"; begin and end count bytes."""
+    """Where one tensor lies. dtype: safetensors' name for it, such as "BF16"; begin, end: bytes of the file."""
 
     file: Path
     dtype: str
@@ -77,10 +77,15 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         tensors = {
-            name: StoredTensor(path, str(entry["dtype"]), tuple(map(int, entry["shape"])), *entry["data_offsets"])
+            name: StoredTensor(
+                path,
+                str(entry["dtype"]),
+                tuple(map(int, entry["shape"])),
+                *(8 + length + int(offset) for offset in entry["data_offsets"]),
+            )
             for name, entry in header.items()
         }
-        promised = 8 + length + max((tensor.end for tensor in tensors.values()), default=0)
+        promised = max((tensor.end for tensor in tensors.values()), default=8 + length)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{path} is damaged: its safetensors header cannot be read; download it again") from None
     if promised != size:

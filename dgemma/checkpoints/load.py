@@ -1,59 +1,115 @@
 """A model directory's tensors into the network."""
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from dgemma.checkpoints.empty import empty_model
+from dgemma.checkpoints.gguf import Gguf
 from dgemma.checkpoints.headers import StoredTensor, listed, model_json, stored_tensors
+from dgemma.checkpoints.layouts import read_layout
 from dgemma.checkpoints.names import released_name, stored_name
+from dgemma.checkpoints.pieces import Piece, assembled, check_complete, cut, encoded, is_plain, packed, pieces_of
+from dgemma.checkpoints.reading import CODES, DTYPES, Reader
 from dgemma.config import ModelConfig
 from dgemma.model.network import DiffusionGemma
-
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-
-
-class _NoInit(TorchFunctionMode):
-    """Skips torch.nn.init: filling a tensor without storage does nothing, but imports a second's worth of modules."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return function(*args, **kwargs)
+from dgemma.quant.ggml import Ggml
+from dgemma.quant.modules import install
+from dgemma.quant.packed import Packed
+from dgemma.quant.quantize import Quantization
 
 
 def load_model(
-    directory: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+    directory: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantize: str | Quantization | None = None,
 ) -> DiffusionGemma:
-    """The network of a directory, in eval mode, all of it in one dtype.
+    """The network of a directory or a GGUF file, in eval mode, all of it in one dtype but what is quantised.
 
-    device: "auto" is cuda where there is one, else cpu. dtype: "auto" is what most of the file's bytes are in.
-    Tensors that need no change stay memory-mapped; others are converted one at a time, so that beside the result no
-    more than one tensor is held. Raises OSError for missing files; ValueError for damaged ones and for tensors that are
-    missing, unexpected, misshapen or not understood, by name.
+    device: "auto" is cuda where there is one, else cpu. dtype: "auto" is what most of the file's floating bytes are in.
+    What the file holds quantised stays so (`dgemma.quant`). quantize: what to quantise of a file that is not, one
+    matrix at a time; "int8", "fp8", "int4" or "nvfp4", or a Quantization.
+    Tensors that need no change stay memory-mapped; others are read or converted one at a time, so that beside the
+    result no more than one tensor is held. Raises OSError for missing files; ValueError for damaged ones and for
+    tensors that are missing, unexpected, misshapen or not understood, by name.
     """
     directory = Path(directory)
+    wish = Quantization(quantize) if isinstance(quantize, str) else quantize
+    device = resolve_device(device)
     values = model_json(directory)
-    _refuse_quantised(directory, values)
+    layout = read_layout(directory, values)
+    if wish and layout:
+        raise ValueError(f"{directory} is quantised already: quantize={wish.format!r} has no effect")
     config = ModelConfig.from_dict(values)
     stored = stored_tensors(directory)
-    device = resolve_device(device)
-    dtype = _resolve_dtype(stored, dtype)
-    with torch.device("meta"), _NoInit():
-        model = DiffusionGemma(replace(config, dtype=str(dtype).removeprefix("torch.")))
+    dtype = resolve_dtype(stored, dtype)
+    model = empty_model(config, dtype)
     state = model.state_dict()
     names = {stored_name(name): name for name in state}
     shapes = {name: tuple(state[own].shape) for name, own in names.items()}
-    chosen = _match(directory, stored, shapes, vision=config.vision is not None)
-    tensors = {names[name]: tensor for name, tensor in _read(chosen, stored, device, dtype).items()}
-    model.load_state_dict(tensors, assign=True)
+    wanted = {name for name, own in names.items() if wish and wish.of(own)}
+    pieces, unexpected = pieces_of(stored, shapes)
+    whole = match_names(directory, stored, shapes, pieces, unexpected, vision=config.vision is not None)
+    for target in wanted & whole.keys():
+        pieces[target] = cut(target, whole.pop(target), stored)
+    tensors = {names[name]: tensor for name, tensor in _read(whole, stored, device, dtype).items()}
+    matrices: dict[str, Packed] = {}
+    with Reader() as reader:
+        for target in sorted(pieces, key=lambda target: _begin(pieces[target], stored)):
+            own, shape, parts = names[target], shapes[target], pieces[target]
+            try:
+                check_complete(target, shape, parts)
+                if not all(is_plain(piece, stored) for piece in parts):
+                    matrices[own] = packed(shape, parts, stored, layout, dtype, reader).to(device)
+                elif wish and target in wanted:
+                    matrices[own] = encoded(own, shape, parts, stored, wish, dtype, reader).to(device)
+                else:
+                    tensors[own] = assembled(shape, parts, stored, dtype, reader).to(device)
+            except ValueError as error:
+                raise ValueError(f"{directory}: {error}") from None
+    model.load_state_dict(tensors, assign=True, strict=False)
+    install(model, matrices)
     return model.eval()
+
+
+def _begin(pieces: list[Piece], stored: dict[str, StoredTensor]) -> tuple[Path, int]:
+    first = stored[next(iter(pieces[0].parts.values()))]
+    return first.file, first.begin
+
+
+def load_gguf(gguf: Gguf, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> DiffusionGemma:
+    """The network of a GGUF file, in eval mode; quantised matrices stay so, and stay mapped on a CPU.
+
+    dtype: "auto" is that of most plain matrices, else bfloat16.
+    """
+    device = resolve_device(device)
+    dtype = _gguf_dtype(gguf, dtype)
+    model = empty_model(gguf.config, dtype)
+    tensors: dict[str, Tensor] = {}
+    matrices: dict[str, Packed] = {}
+    for name, tensor in gguf.tensors.items():
+        data = torch.from_numpy(tensor.data)
+        if tensor.type in DTYPES:
+            tensors[name] = data.view(DTYPES[tensor.type]).to(device=device, dtype=dtype)
+        else:
+            matrices[name] = Ggml(tensor.shape, dtype, tensor.type, data).to(device)
+    model.load_state_dict(tensors, assign=True, strict=False)
+    install(model, matrices)
+    return model.eval()
+
+
+def _gguf_dtype(gguf: Gguf, dtype: str | torch.dtype) -> torch.dtype:
+    if dtype != "auto":
+        return _named_dtype(dtype)
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in gguf.tensors.values():
+        if tensor.type in DTYPES and len(tensor.shape) > 1:
+            sizes[DTYPES[tensor.type]] += tensor.data.nbytes
+    return max(sizes, key=sizes.__getitem__, default=torch.bfloat16)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -69,14 +125,19 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return device
 
 
-def _resolve_dtype(stored: dict[str, StoredTensor], dtype: str | torch.dtype) -> torch.dtype:
+def resolve_dtype(stored: dict[str, StoredTensor], dtype: str | torch.dtype) -> torch.dtype:
+    """Of "auto", that of most of the floating bytes. ValueError for a dtype that is not known, stored or asked for."""
     sizes: Counter[str] = Counter()
     for name, tensor in stored.items():
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{tensor.file}: {name} is stored as {tensor.dtype}; known are {', '.join(DTYPES)}")
-        sizes[tensor.dtype] += tensor.bytes
-    if dtype == "auto":
-        return DTYPES[max(sizes, key=sizes.__getitem__, default="BF16")]
+        if tensor.dtype not in DTYPES and tensor.dtype not in CODES:
+            told = ", ".join((*DTYPES, *CODES))
+            raise ValueError(f"{tensor.file}: {name} is stored as {tensor.dtype}; known are {told}")
+        if tensor.dtype in DTYPES and "_scale" not in name:
+            sizes[tensor.dtype] += tensor.bytes
+    return DTYPES[max(sizes, key=sizes.__getitem__, default="BF16")] if dtype == "auto" else _named_dtype(dtype)
+
+
+def _named_dtype(dtype: str | torch.dtype) -> torch.dtype:
     known = {str(known).removeprefix("torch."): known for known in DTYPES.values()}
     wanted = known.get(str(dtype).removeprefix("torch."))
     if wanted is None:
@@ -84,32 +145,38 @@ def _resolve_dtype(stored: dict[str, StoredTensor], dtype: str | torch.dtype) ->
     return wanted
 
 
-def _refuse_quantised(directory: Path, values: dict) -> None:
-    quantised = values.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else quantised
-        raise ValueError(f"{directory} is quantised ({method}), which cannot be loaded yet; use the bfloat16 release")
-
-
-def _match(
-    directory: Path, stored: dict[str, StoredTensor], shapes: dict[str, tuple[int, ...]], vision: bool
+def match_names(
+    directory: Path,
+    stored: dict[str, StoredTensor],
+    shapes: dict[str, tuple[int, ...]],
+    pieces: dict[str, list[Piece]],
+    unexpected: list[str],
+    vision: bool,
 ) -> dict[str, str]:
-    """The network's released names, each with the stored name to read it from. Any mismatch is a ValueError."""
+    """Of the network's released names those stored whole, with the stored name to read. Any mismatch is a ValueError.
+
+    pieces, unexpected: what `pieces_of` makes of the rest.
+    """
     chosen: dict[str, str] = {}
-    for name in stored:
+    misshapen = []
+    for name, tensor in stored.items():
         released = released_name(name)
+        if tensor.dtype not in DTYPES or released not in shapes:
+            continue
         if released == name or released not in chosen:
             chosen[released] = name
-    missing = [name for name in shapes if name not in chosen]
-    unexpected = [name for name in stored if released_name(name) not in shapes]
-    misshapen = [
-        f"{name}: {list(tensor.shape)}, not {list(shape)}"
-        for name, tensor in stored.items()
-        if (shape := shapes.get(released_name(name))) is not None and shape != tensor.shape
-    ]
+        if tensor.shape != shapes[released]:
+            misshapen.append(f"{name}: {list(tensor.shape)}, not {list(shapes[released])}")
+    missing = [name for name in shapes if name not in chosen and name not in pieces]
+    twice = [name for name in pieces if name in chosen]
     problems = [
         f"{what} {listed(found, 'tensor')}"
-        for what, found in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", misshapen))
+        for what, found in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("wrongly shaped", misshapen),
+            ("stored both plain and quantised", twice),
+        )
         if found
     ]
     if not vision and any("vision" in name for name in unexpected):

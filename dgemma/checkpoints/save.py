@@ -13,12 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dgemma.checkpoints import compressed
 from dgemma.checkpoints.headers import INDEX, SINGLE
 from dgemma.checkpoints.names import stored_name
 from dgemma.checkpoints.source import holder
 from dgemma.config import GenerationConfig
 from dgemma.model.lora import Pair
 from dgemma.model.network import DiffusionGemma
+from dgemma.quant.modules import matrices
 
 EXTRAS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json")
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -32,6 +34,8 @@ def save_model(
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes config.json, generation_config.json and the weights under their released names, in their own dtype.
+
+    Quantised matrices are written in the layout of compressed-tensors, experts one by one.
 
     extras: folders from which tokenizer, chat template and processor config are copied, each from the first that has
     it. ValueError for a network whose adapter is not merged.
@@ -62,18 +66,19 @@ def _config(model: DiffusionGemma) -> dict:
     for part in ("text_config", "vision_config"):
         if values[part]:
             values[part] = values[part] | {"dtype": dtype}
-    return values
+    quantised = {"quantization_config": compressed.quantization_config(model)} if matrices(model) else {}
+    return values | quantised
 
 
 def _write_weights(model: DiffusionGemma, new: Callable[[str], Path], max_shard_bytes: int) -> set[str]:
     """Writes one file, or shards and their index; returns the names of the files."""
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _released(model):
         if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1][stored_name(name)] = tensor
+        shards[-1][name] = tensor
         filled += tensor.nbytes
     if len(shards) == 1:
         write_tensors(new(SINGLE), shards[0])
@@ -85,6 +90,16 @@ def _write_weights(model: DiffusionGemma, new: Callable[[str], Path], max_shard_
     where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
     write_json(new(INDEX), {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
     return {*files, INDEX}
+
+
+def _released(model: DiffusionGemma) -> Iterator[tuple[str, Tensor]]:
+    packed = matrices(model)
+    inside = tuple(f"{name}." for name in packed)
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(inside):
+            yield stored_name(name), tensor
+    for name, matrix in packed.items():
+        yield from compressed.stored_tensors(name, matrix)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

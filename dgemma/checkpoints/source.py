@@ -11,10 +11,13 @@ from dgemma.config import GenerationConfig, read_json
 DESCRIPTIONS = ("*.json", "*.jinja")
 PATTERNS = (*DESCRIPTIONS, "*.safetensors")
 ADAPTER = "adapter_config.json"
+GGUF = ".gguf"
 
 
 def resolve(source: str | Path, weights: bool = True) -> Path:
     """The directory of an embedded model's name, a local directory, or a hub id, which is downloaded or found in cache.
+
+    A GGUF file is its own path.
 
     Without `weights`, a hub id brings only what describes the model: configs, tokenizer, template.
     Raises OSError or ValueError with one line that says what to do. HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and
@@ -25,11 +28,11 @@ def resolve(source: str | Path, weights: bool = True) -> Path:
         raise ValueError("the model's name is empty; give a directory, a hub id or an embedded model's name")
     if shipped := embedded.directory(text):
         return shipped
-    if text.endswith(".gguf"):
-        raise ValueError(f"{text}: GGUF files cannot be read yet; give a directory or a hub id with safetensors")
     path = Path(text).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.suffix == GGUF and path.is_file()):
         return path
+    if path.suffix == GGUF:
+        raise FileNotFoundError(f"there is no file {path}; a GGUF file of the hub has to be downloaded first")
     if path.exists():
         raise NotADirectoryError(f"{path} is a file; give the directory that holds it and its config.json")
     if isinstance(source, Path) or text.startswith((".", "~", "/")) or text.count("/") > 1 or "\\" in text:

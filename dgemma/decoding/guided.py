@@ -75,7 +75,7 @@ def read_guided(
     proposal[taken] = _chosen(live, a, taken, solution.drawn, lambda rows, places: _draw(rows, left[places]))
     expected = None
     if free is not None:
-        expected = ((free.T @ head.weight)[None] * (head.scale / total)[..., None]).to(states.dtype)
+        expected = (head.expected(free.T)[None] * (head.scale / total)[..., None]).to(states.dtype)
     found = Reading(best[None].to(scores.device), entropy, proposal[None].to(scores.device), expected)
     if n == states.shape[1]:
         return found

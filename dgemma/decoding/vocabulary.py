@@ -90,7 +90,7 @@ def read(
             entropy[rows] = total[rows].log() - math.log(2) * z.mul_(w).sum(-1) / total[rows]
         if expected is not None:
             rows = slice(first, first + group)
-            expected[rows] = (scores @ head.weight) * (head.scale / total[rows])[:, None]
+            expected[rows] = head.expected(scores) * (head.scale / total[rows])[:, None]
         del scores  # before the next ones are made: the allocator then uses the same memory again
     view = lambda y: y.view(*shape)  # noqa: E731
     return Reading(view(best), view(entropy), view(proposal), None if expected is None else expected.view_as(states))

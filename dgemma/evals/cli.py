@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dgemma.evals import conversations, tasks
-from dgemma.flags import Device, Dtype, Model, UsageError, check_folders, checked, config_flags, load_checked
+from dgemma.flags import Device, Dtype, Model, Quantize, UsageError, check_folders, checked, config_flags, load_checked
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -39,6 +39,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="answers at once; changes speed and memory only")] = 32,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     constrain: Annotated[
         bool, typer.Option("--constrain", help="answers keep to what is asked for: a schema, a call, the clues")
     ] = False,
@@ -75,7 +76,7 @@ def evaluate(
             drawn = (tasks.items(chosen, count or COUNT, seed, held_out=True, level=level) for level in wanted)
             items = [item for level in drawn for item in level]
         progress.update(bar, description="model")
-        lm = load_checked(model, directory, device, dtype)
+        lm = load_checked(model, directory, device, dtype, quantize)
         progress.update(bar, description="answers", total=len(items))
         done = lambda count: progress.update(bar, completed=count)  # noqa: E731
         results = measure(lm, items, chosen, batch, seed, done, constrain, **config)
@@ -109,6 +110,7 @@ def evaluate_spans(
     seed: Annotated[int, typer.Option(min=0, help="of the items, their spans and all noise")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     *,
     config: dict[str, Any],
@@ -126,7 +128,7 @@ def evaluate_spans(
     with _progress() as progress:
         bar = progress.add_task("spans", total=None)
         items = [i for level in wanted for i in tasks.items(chosen, count, seed, held_out=True, level=level)]
-        lm = load_checked(model, directory, device, dtype)
+        lm = load_checked(model, directory, device, dtype, quantize)
         progress.update(bar, total=len(items))
         results = measure_spans(lm, items, seed, lambda done: progress.update(bar, completed=done), **config)
     rows = summary(results)

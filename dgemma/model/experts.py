@@ -43,10 +43,13 @@ class Experts(nn.Module):
         """Weighted sum of each token's experts, [N, hidden]."""
         k = experts.shape[1]
         order = experts.flatten().argsort()
-        counts = experts.flatten().bincount(minlength=self.count).tolist()
-        grouped = x.index_select(0, order // k).split(counts)
-        y = torch.cat(self.each(grouped)).index_select(0, order.argsort()).unflatten(0, (-1, k))
+        counts = experts.flatten().bincount(minlength=self.count)
+        y = self.sorted(x.index_select(0, order // k), counts).index_select(0, order.argsort()).unflatten(0, (-1, k))
         return (weights[:, None] @ y.float()).squeeze(1).type_as(x)
+
+    def sorted(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """What the experts make of rows [n, hidden] that are sorted by expert, so many for each."""
+        return torch.cat(self.each(rows.split(counts.tolist())))
 
     def each(self, groups: Sequence[Tensor]) -> list[Tensor]:
         """What each expert makes of its own tokens [n, hidden]; an expert without tokens has no entry."""

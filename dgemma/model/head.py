@@ -25,7 +25,11 @@ class TiedEmbedding(nn.Embedding):
 
     def soft(self, probabilities: Tensor) -> Tensor:
         """Expected embedding [..., hidden] under float32 probabilities [..., V]."""
-        return probabilities.to(self.weight.dtype) @ self.weight * self.scale
+        return self.expected(probabilities.to(self.weight.dtype)) * self.scale
+
+    def expected(self, weights: Tensor) -> Tensor:
+        """weights [N, V] E, [N, hidden], without the scale."""
+        return weights @ self.weight
 
     def scores(self, x: Tensor) -> Tensor:
         """x E^T, [..., V] in the weights' dtype: logits before their cap."""

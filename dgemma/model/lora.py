@@ -6,6 +6,7 @@ Both modes run through the same layers, so one adapter serves both.
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +108,7 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     if isinstance(module, Experts):
         count, hidden, inner = module.count, module.hidden, module.inner
         return {"gate_up_proj": (count, 2 * inner, hidden), "down_proj": (count, hidden, inner)}
-    assert isinstance(module, nn.Linear)
-    return {"weight": (module.out_features, module.in_features)}
+    return {"weight": tuple(cast(Tensor, module.weight).shape)}
 
 
 def add_lora(model: DiffusionGemma, lora: Lora, seed: int = 0) -> list[nn.Parameter]:
@@ -148,7 +148,11 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def merge_lora(model: DiffusionGemma) -> None:
-    """Folds the adapters into the weights and puts the plain modules back."""
+    """Folds the adapters into the weights and puts the plain modules back. ValueError for quantised weights."""
+    for name in pairs(model):
+        base, _, weight = name.rpartition(".")
+        if not isinstance(getattr(model.get_submodule(base).base, weight), Tensor):
+            raise ValueError(f"{name} is quantised: an adapter cannot be merged into it; load the model unquantised")
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLinear | LoraExperts):
             for weight, pair in pairs(module).items():

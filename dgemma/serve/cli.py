@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dgemma.flags import Device, Dtype, Model, UsageError
+from dgemma.flags import Device, Dtype, Model, Quantize, UsageError
 
 GIB = float(1 << 30)
 
@@ -27,6 +27,7 @@ def serve(
     time_limit: Annotated[float, typer.Option(min=0.1, help="seconds that a request may take")] = 600.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     name: Annotated[str | None, typer.Option(help="name of the model for clients", show_default="MODEL")] = None,
     trace: Annotated[Path | None, typer.Option(help="record every request here, for `dgemma trace`")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="no line for each request")] = False,
@@ -57,7 +58,7 @@ def serve(
             try:
                 from dgemma.language_model import load
 
-                service.open(load(model, device, dtype))
+                service.open(load(model, device, dtype, quantize))
                 print(f"{service.name} is served at {url(listening)}", flush=True)
             except Exception as error:
                 failed.append(error)

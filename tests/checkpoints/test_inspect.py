@@ -5,13 +5,29 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dgemma.checkpoints.inspect import PARTS, count_parameters, inspect, part_of
+from dgemma.checkpoints.inspect import (
+    GROUP_BYTES,
+    GROUP_ROWS,
+    PARTS,
+    SCORES_LIMIT,
+    attention_bytes,
+    conversation_bytes,
+    count_parameters,
+    formats_of,
+    inspect,
+    large_matrices,
+    part_of,
+    vocabulary_bytes,
+    weight_bytes,
+)
+from dgemma.checkpoints.load import load_model
 from dgemma.checkpoints.names import stored_name
 from dgemma.config import ModelConfig, VisionConfig
 from dgemma.model.network import DiffusionGemma
@@ -30,6 +46,7 @@ def test_small_model(make_model, saved, shard):
     assert list(info.shards) == sorted(path.name for path in directory.glob("*.safetensors"))
     assert sum(info.elements.values()) * 2 == size
     assert info.elements == count_parameters(model.config)
+    assert info.bytes_by_part == {part: 2 * count for part, count in info.elements.items()}
 
 
 def test_dtypes_are_told_apart_and_twins_count_once(make_model, saved):
@@ -42,6 +59,7 @@ def test_dtypes_are_told_apart_and_twins_count_once(make_model, saved):
     assert info.bytes_by_dtype["BF16"] == 2 * model.embed_tokens.weight.numel()
     assert info.elements == count_parameters(model.config)
     assert info.elements["vision"] == 0
+    assert sum(info.bytes_by_part.values()) == 4 * sum(info.elements.values())
 
 
 def test_release(shared):
@@ -58,8 +76,6 @@ def test_release(shared):
 @pytest.mark.parametrize("clipped", [True, False])
 @pytest.mark.parametrize("standardize", [True, False])
 def test_counts_follow_the_config(make_model, clipped, standardize):
-    from dataclasses import replace
-
     config = make_model().config
     vision = config.vision.source | {"use_clipped_linears": clipped, "standardize": standardize}
     config = replace(config, vision=VisionConfig.from_dict(vision))
@@ -99,4 +115,61 @@ def test_quantised_layouts_can_be_inspected(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "x"}}))
     info = inspect(tmp_path)
     assert info.bytes_by_dtype == {"U8": 32}
-    assert info.elements["experts"] == 32
+    assert info.elements["experts"] == info.bytes_by_part["experts"] == 32
+
+
+@pytest.mark.parametrize(
+    ("format", "parts", "published"),
+    [
+        ("BF16", (), 51.6),
+        ("FP8", ("attention", "dense MLP", "experts"), 27.2),
+        ("NVFP4", ("experts",), 18.8),
+        ("INT4", ("attention", "experts"), 17.2),
+    ],
+)
+def test_memory_is_that_of_published_files(shared, format, parts, published):
+    config = ModelConfig.from_file(shared / "config.json")
+    assert weight_bytes(config, format, parts) / 1e9 == pytest.approx(published, rel=0.03)
+
+
+@pytest.mark.parametrize("format", ["FP8", "INT4", "NVFP4"])
+def test_memory_is_what_quantised_weights_take(make_model, saved, format):
+    config = replace(make_model().config, hidden_size=64, intermediate_size=96, moe_intermediate_size=32)
+    directory = saved(DiffusionGemma(config).init_weights().bfloat16())
+    assert formats_of(config) == ["BF16", "FP8", "INT4", "NVFP4"]
+    model = load_model(directory, "cpu", quantize=format.lower())
+    assert weight_bytes(config, format) == sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def test_formats_are_those_whose_groups_fit(make_model):
+    config = make_model().config
+    assert {columns for shapes in large_matrices(config).values() for _, columns in shapes} == {16, 32, 48, 64}
+    assert formats_of(config) == ["BF16", "FP8", "NVFP4"]
+
+
+def test_activations_are_those_of_the_network():
+    from dgemma.decoding import vocabulary
+    from dgemma.model import attention
+
+    assert (GROUP_BYTES, GROUP_ROWS) == (vocabulary.GROUP_BYTES, vocabulary.GROUP_ROWS)
+    assert SCORES_LIMIT == attention.SCORES_LIMIT
+
+
+def test_a_conversation_of_the_release(shared):
+    config = ModelConfig.from_file(shared / "config.json")
+    assert vocabulary_bytes(config) == 128 * 262_144 * 2
+    # Two heads of keys and values, 512 wide, in bfloat16; scores, masked or not, and their softmax.
+    assert attention_bytes(config, 8192) == 8192 * 2 * 2 * 512 * 2 + 3 * 256 * 16 * 8192 * 2
+    assert attention_bytes(config, 262_144) == 262_144 * 2 * 2 * 512 * 2 + 3 * 2 * (1 << 26)
+    held = 2 * config.cache_bytes(8192) + vocabulary_bytes(config) + attention_bytes(config, 8192)
+    assert conversation_bytes(config, 8192) == held
+
+
+def test_the_gathered_copy_is_no_larger_than_the_pages(make_model):
+    model = make_model(vision=False, dtype=torch.bfloat16)
+    cache = model.new_cache()
+    with torch.inference_mode():
+        model.encode(torch.ones(1, 50, dtype=torch.int64), cache)
+        model.denoise(torch.ones(1, 8, dtype=torch.int64), cache)
+    copies = sum(keys.nbytes + values.nbytes for _, (keys, values) in cache._gathered.values())
+    assert 0 < copies <= cache.nbytes == model.config.cache_bytes(50)

@@ -259,8 +259,10 @@ def test_files_are_refused(tmp_path):
     weights.write_bytes(b"")
     with pytest.raises(NotADirectoryError, match=r"model\.safetensors is a file; give the directory"):
         resolve(weights)
-    with pytest.raises(ValueError, match="GGUF files cannot be read yet"):
+    with pytest.raises(FileNotFoundError, match=r"no file someone/model-q8_0\.gguf; a GGUF file of the hub"):
         resolve("someone/model-q8_0.gguf")
+    (tmp_path / "model.gguf").write_bytes(b"")
+    assert resolve(tmp_path / "model.gguf") == tmp_path / "model.gguf"
 
 
 def test_embedded_names_come_first(tmp_path, monkeypatch):

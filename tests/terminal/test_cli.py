@@ -283,3 +283,49 @@ class TestInfo:
         assert any(f"{config.cache_bytes(8192, 2) / 2**10:.2f} KiB at 8K" in line for line in lines)
         assert not any("at 32K" in line for line in lines)  # more than the model can hold
         assert dgemma_run("info", small_model).stdout.splitlines() == lines
+
+    def test_bits_and_bytes_of_parts(self, small_model: Path):
+        config = ModelConfig.from_file(small_model / "config.json")
+        lines = list(describe(small_model))
+        [embedding] = [line for line in lines if line.startswith("  embedding")]
+        assert f"{config.vocab_size * config.hidden_size * 4 / 2**10:.2f} KiB  32.00 bits a weight" in embedding
+        assert any(line.split() == ["format", "plain"] for line in lines)
+
+    @pytest.mark.parametrize(
+        ("config", "told"),
+        [
+            (
+                {
+                    "quant_method": "compressed-tensors",
+                    "config_groups": {
+                        "group_0": {
+                            "format": "pack-quantized",
+                            "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
+                        }
+                    },
+                },
+                "compressed-tensors, int4 in groups of 32",
+            ),
+            (
+                {
+                    "quant_method": "compressed-tensors",
+                    "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}},
+                },
+                "compressed-tensors, FP8 by rows",
+            ),
+            ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt, NVFP4 in groups of 16"),
+            ({"quant_method": "awq"}, "quant_method 'awq'; known are 'compressed-tensors' and 'modelopt'"),
+        ],
+    )
+    def test_format(self, tmp_path: Path, shared: Path, config: dict, told: str):
+        values = json.loads((shared / "config.json").read_text()) | {"quantization_config": config}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        [line] = [line for line in describe(tmp_path) if line.startswith("format")]
+        assert line.endswith(told)
+
+    def test_cards_of_the_released_model(self, tmp_path: Path, shared: Path):
+        shutil.copy(shared / "config.json", tmp_path)
+        rows = {line.split()[1]: line.split()[4:] for line in describe(tmp_path) if line.startswith("  in ")}
+        assert rows["BF16"] == ["–", "–", "–", "–", "256K", "256K"]
+        assert rows["FP8"] == ["–", "–", "32K", "256K", "256K", "256K"]
+        assert rows["INT4"] == ["–", "32K", "256K", "256K", "256K", "256K"]
