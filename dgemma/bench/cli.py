@@ -40,10 +40,13 @@ def decode(
     threads: Threads = None,
     device: Device = "cpu",
     tuned: Tuned = False,
+    formats: Annotated[str, typer.Option(help="this project also with weights in these: int8,fp8,int4,nvfp4")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Decode with this project and with transformers: same random weights, same steps, same dtype."""
-    run = lambda: decoding.run(shape, dtype, repeats, threads, tuned, device, progress=_tell)  # noqa: E731
+    run = lambda: decoding.run(  # noqa: E731
+        shape, dtype, repeats, threads, tuned, device, [f for f in formats.split(",") if f], progress=_tell
+    )
     _report(run, show, as_json)
 
 

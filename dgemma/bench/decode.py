@@ -1,6 +1,6 @@
 """`dgemma bench decode`: this project and transformers with the same weights, steps and dtype, in one run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,19 +62,22 @@ def run(
     threads: int | None = None,
     tuned: bool = False,
     device: str = "cpu",
+    formats: Sequence[str] = (),
     progress: Callable[[str], None] = lambda line: None,
 ) -> Result:
-    """Measures decoding; `tuned` adds transformers with an allocator that gives no memory back.
+    """Measures decoding; `tuned` adds transformers with an allocator that gives no memory back; formats: this project
+    again with its weights quantised to each.
 
     Without transformers only this project is measured. Raises ValueError for a value that is not known, OSError if a
     side's process ends.
     """
     check(shape, dtype, repeats, threads)
     from dgemma.checkpoints.load import resolve_device
+    from dgemma.quant.quantize import Quantization
 
     device = str(resolve_device(device))
     threads = threads or cores()
-    names = [OURS]
+    names = [OURS, *(f"{OURS}, {Quantization(format).format}" for format in formats)]
     if have_transformers(progress):
         names += [THEIRS, *([TUNED] if tuned else [])]
     with TemporaryDirectory(prefix="dgemma-bench-") as directory:
@@ -107,8 +110,10 @@ def check(shape: str, dtype: str, repeats: int, threads: int | None) -> None:
 
 
 def _open(name: str, options: dict[str, Any]) -> Side:
-    target = f"dgemma.bench.sides:{'Ours' if name == OURS else 'Transformers'}"
-    return Side(name, target, options, KEEP_FREED if name == TUNED else None)
+    if name.startswith(OURS):
+        format = name.removeprefix(OURS).removeprefix(", ") or None
+        return Side(name, "dgemma.bench.sides:Ours", options | {"quantize": format})
+    return Side(name, "dgemma.bench.sides:Transformers", options, KEEP_FREED if name == TUNED else None)
 
 
 def _measure(

@@ -74,11 +74,11 @@ class _Timed(Common, ABC):
 class Ours(_Timed):
     """This project."""
 
-    def __init__(self, directory: str, device: str, threads: int, tokens: int):
+    def __init__(self, directory: str, device: str, threads: int, tokens: int, quantize: str | None = None):
         super().__init__(device, threads, tokens)
         from dgemma.checkpoints.load import load_model
 
-        self.model = load_model(directory, device)
+        self.model = load_model(directory, device, quantize=quantize)
         self.vocab_size = self.model.config.vocab_size
 
     def trajectory(self, steps: int) -> list[list[list[int]]]:

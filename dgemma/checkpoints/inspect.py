@@ -3,12 +3,13 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dgemma.checkpoints.headers import stored_tensors
 from dgemma.checkpoints.names import released_name
-from dgemma.config import SLIDING, ModelConfig, VisionConfig
+from dgemma.config import FULL, SLIDING, ModelConfig, VisionConfig
 
 _PARTS = (
     ("vision", r"\.(vision_tower|embed_vision)\."),
@@ -21,17 +22,26 @@ _PARTS = (
     ("norms and scalars", r""),
 )
 PARTS = tuple(part for part, _ in _PARTS)
+LARGE = ("attention", "dense MLP", "experts")
+"""Parts whose matrices `quant.quantize` quantises."""
+GROUPS = {"BF16": 1, "FP8": 1, "INT4": 32, "NVFP4": 16}
+"""Formats that weights may be held in, and the columns of which each needs a multiple."""
+GROUP_BYTES, GROUP_ROWS = 16 << 20, 128
+"""Rows of scores over the vocabulary held at once: those of `decoding.vocabulary`, which needs torch."""
+SCORES_LIMIT = 1 << 26
+"""Attention's scores held at once: that of `model.attention`."""
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """`elements` by part count what is stored, tied twins once: of quantised layouts that includes packed codes and
-    scales, so `count_parameters` of the config is the size of the network itself."""
+    """Both by-part counts take tied twins once and include the codes and scales of quantised layouts:
+    `count_parameters` of the config is the size of the network itself."""
 
     tensors: int
     shards: tuple[str, ...]
     bytes_by_dtype: dict[str, int]
     elements: dict[str, int]
+    bytes_by_part: dict[str, int]
 
     @property
     def bytes(self) -> int:
@@ -42,13 +52,16 @@ def inspect(directory: str | Path) -> CheckpointInfo:
     """Raises OSError or ValueError as `stored_tensors` does."""
     stored = stored_tensors(Path(directory))
     sizes: Counter[str] = Counter()
-    elements = dict.fromkeys(PARTS, 0)
+    elements, part_bytes = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     for tensor in stored.values():
         sizes[tensor.dtype] += tensor.bytes
-    for name, shape in {released_name(name): tensor.shape for name, tensor in stored.items()}.items():
-        elements[part_of(name)] += math.prod(shape)
+    read = {released_name(name): tensor for name, tensor in stored.items()}
+    read |= {name: stored[name] for name in read if name in stored}  # before its twin, as in loading
+    for name, tensor in read.items():
+        elements[part_of(name)] += math.prod(tensor.shape)
+        part_bytes[part_of(name)] += tensor.bytes
     shards = sorted({tensor.file.name for tensor in stored.values()})
-    return CheckpointInfo(len(stored), tuple(shards), dict(sizes.most_common()), elements)
+    return CheckpointInfo(len(stored), tuple(shards), dict(sizes.most_common()), elements, part_bytes)
 
 
 def part_of(name: str) -> str:
@@ -59,22 +72,83 @@ def part_of(name: str) -> str:
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Parameters by part of the network that a config describes; buffers that a checkpoint stores count too."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    attention = 0
-    for layer, kind in enumerate(config.layer_types):
-        size = config.head_size(layer)
-        projections = 2 * config.num_attention_heads + (2 if kind == SLIDING else 1) * config.kv_heads(layer)
-        attention += hidden * size * projections + 2 * size
-    mlp = 3 * hidden * config.intermediate_size
+    large = {part: sum(rows * columns for rows, columns in shapes) for part, shapes in large_matrices(config).items()}
     return {
         "vision": _vision(config.vision, hidden) if config.vision else 0,
         "embedding": config.vocab_size * hidden,
-        "self-conditioning": mlp + hidden,
-        "attention": attention,
-        "dense MLP": layers * mlp,
+        "self-conditioning": 3 * hidden * config.intermediate_size + hidden,
+        "attention": large["attention"] + sum(2 * config.head_size(layer) for layer in range(layers)),
+        "dense MLP": large["dense MLP"],
         "router": layers * (hidden * config.num_experts + hidden + config.num_experts),
-        "experts": layers * config.num_experts * 3 * hidden * config.moe_intermediate_size,
+        "experts": large["experts"],
         "norms and scalars": layers * (7 * hidden + 2) + hidden,
     }
+
+
+def large_matrices(config: ModelConfig) -> dict[str, list[tuple[int, int]]]:
+    """Rows and columns of the matrices of the LARGE parts; those of equal columns may be told as one."""
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    attention = []
+    for layer, kind in enumerate(config.layer_types):
+        size = config.head_size(layer)
+        queries, keys = size * config.num_attention_heads, size * config.kv_heads(layer)
+        attention += [(queries + (2 if kind == SLIDING else 1) * keys, hidden), (hidden, queries)]
+    experts = layers * config.num_experts
+    return {
+        "attention": attention,
+        "dense MLP": [
+            (layers * 2 * config.intermediate_size, hidden),
+            (layers * hidden, config.intermediate_size),
+        ],
+        "experts": [
+            (experts * 2 * config.moe_intermediate_size, hidden),
+            (experts * hidden, config.moe_intermediate_size),
+        ],
+    }
+
+
+def formats_of(config: ModelConfig) -> list[str]:
+    """Those of GROUPS whose groups divide the columns of all large matrices."""
+    columns = {columns for shapes in large_matrices(config).values() for _, columns in shapes}
+    return [name for name, group in GROUPS.items() if not any(count % group for count in columns)]
+
+
+def weight_bytes(config: ModelConfig, format: str, parts: Sequence[str] = LARGE) -> int:
+    """Memory of the weights with the large matrices of these parts in a format, scales included, the rest in BF16."""
+    total = 2 * sum(count_parameters(config).values())
+    matrices = large_matrices(config)
+    return total + sum(
+        rows * (_row_bytes(format, columns) - 2 * columns) for part in parts for rows, columns in matrices[part]
+    )
+
+
+def _row_bytes(format: str, columns: int) -> int:
+    match format:
+        case "FP8":
+            return columns + 2  # the row's scale in bfloat16
+        case "INT4":
+            return columns // 2 + 2 * (columns // GROUPS[format])
+        case "NVFP4":
+            return columns // 2 + columns // GROUPS[format] + 4  # scales in e4m3, and the row's float32 factor
+    return 2 * columns
+
+
+def vocabulary_bytes(config: ModelConfig) -> int:
+    """BF16 scores of a group of a canvas's rows over the vocabulary: all that a denoising step holds of its logits."""
+    row = 2 * config.vocab_size
+    return row * min(config.canvas_length, max(GROUP_ROWS, GROUP_BYTES // row))
+
+
+def attention_bytes(config: ModelConfig, tokens: int) -> int:
+    """What a full layer holds while a canvas reads so many cached tokens: keys and values once more, scores thrice."""
+    layers = config.layer_types.count(FULL)
+    scores = min(SCORES_LIMIT, config.canvas_length * config.num_attention_heads * tokens)
+    return tokens * config.cache_bytes_per_token()[FULL] // layers + 3 * 2 * scores
+
+
+def conversation_bytes(config: ModelConfig, tokens: int) -> int:
+    """Memory beside the weights, in BF16: the cache's pages, their gathered copy for a step, and activations."""
+    return 2 * config.cache_bytes(tokens) + vocabulary_bytes(config) + attention_bytes(config, tokens)
 
 
 def _vision(vision: VisionConfig, text_hidden: int) -> int:

@@ -26,6 +26,8 @@ PARTS = UNUSED | {
     "weight_zero_point",
     "weight_g_idx",
 }
+_KV = re.compile(r".*\.self_attn\.[kv]_scale")
+"""Of keys and values in eight bits, which ours are not."""
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj")
 
 
@@ -63,6 +65,8 @@ def pieces_of(
             continue
         module, _, part = released.rpartition(".")
         place = _place(module, shapes) if part in PARTS else None
+        if place is None and _KV.fullmatch(released):
+            continue
         if place is None:
             unexpected.append(name)
         elif part not in UNUSED:

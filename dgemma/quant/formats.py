@@ -14,8 +14,8 @@ from dgemma.quant.packed import Packed
 GROUP = 16
 """Of NVFP4."""
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
-E2M1_STEPS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-"""Where one e2m1 value ends and the next begins; ties go to the even code."""
+E2M1_ENDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+"""Where one e2m1 value ends and the next begins; ties go to the even code, so every second one belongs to the next."""
 
 
 def e4m3(codes: Tensor) -> Tensor:
@@ -165,7 +165,9 @@ class Nvfp4(_Pairs):
         scale = (top / E2M1_MAX * factor).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
         wide = scale.float() / factor
         values = torch.where(wide > 0, grouped / wide, 0)
-        codes = torch.bucketize(values.abs(), values.new_tensor(E2M1_STEPS)).to(torch.uint8)
+        ends = values.new_tensor(E2M1_ENDS)
+        ends[1::2] = ends[1::2].nextafter(ends.new_zeros(()))
+        codes = torch.bucketize(values.abs(), ends).to(torch.uint8)
         codes = (codes | (values < 0).to(torch.uint8) << 3).flatten(-2)
         rows = factor.squeeze(-1).expand(*weight.shape[:-1], 1).contiguous()
         return {

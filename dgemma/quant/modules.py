@@ -70,7 +70,7 @@ class QuantEmbedding(TiedEmbedding):
         return flat.view(*tokens.shape, -1) * self.scale
 
     def expected(self, weights: Tensor) -> Tensor:
-        return self.weight.transposed(weights)
+        return self.weight.transposed(weights.reshape(-1, weights.shape[-1])).view(*weights.shape[:-1], -1)
 
     def scores(self, x: Tensor) -> Tensor:
         return self.weight.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)

@@ -143,7 +143,7 @@ def test_memory_is_what_quantised_weights_take(make_model, saved, format):
 
 def test_formats_are_those_whose_groups_fit(make_model):
     config = make_model().config
-    assert {columns for shapes in large_matrices(config).values() for _, columns in shapes} == {16, 32, 48, 64}
+    assert {columns for shapes in large_matrices(config).values() for _, columns in shapes} == {16, 32, 48, 64, 128}
     assert formats_of(config) == ["BF16", "FP8", "NVFP4"]
 
 
@@ -173,3 +173,12 @@ def test_the_gathered_copy_is_no_larger_than_the_pages(make_model):
         model.denoise(torch.ones(1, 8, dtype=torch.int64), cache)
     copies = sum(keys.nbytes + values.nbytes for _, (keys, values) in cache._gathered.values())
     assert 0 < copies <= cache.nbytes == model.config.cache_bytes(50)
+
+
+def test_bytes_of_parts_have_their_scales(make_model, saved):
+    directory = saved(make_model(dtype=torch.bfloat16))
+    info = inspect(saved(load_model(directory, "cpu", quantize="fp8"), "quantised"))
+    parameters = count_parameters(make_model().config)
+    rows = sum(rows for rows, _ in large_matrices(make_model().config)["experts"])
+    assert info.bytes_by_part["experts"] == parameters["experts"] + 2 * rows
+    assert info.bytes_by_part["embedding"] == 2 * parameters["embedding"]
