@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dgemma.checkpoints.source import resolve
+from dgemma.checkpoints.source import GGUF, resolve
 from dgemma.flags import Device, Model
 
 
@@ -19,17 +19,19 @@ def verify(
 ) -> None:
     """Check a model's files: tensors, their values, tokenizer, template, and the release's logits; exit code 1 if
     something is wrong."""
-    directory = resolve(model)
+    path = resolve(model)
     from rich.console import Console
     from rich.progress import Progress
 
-    from dgemma.checkpoints import verify as checks
+    from dgemma.checkpoints.verify import verify as verify_directory
+    from dgemma.checkpoints.verify_gguf import verify_gguf
 
     findings = []
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("weights", total=None)
         update = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-        for finding in checks.verify(directory, not no_logits, device, update):
+        check = verify_gguf if path.suffix == GGUF else verify_directory
+        for finding in check(path, not no_logits, device, update):
             findings.append(finding)
             if not as_json:
                 print(f"{finding.verdict:<8} {finding.check}: {finding.detail}", flush=True)

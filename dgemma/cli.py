@@ -12,13 +12,15 @@ import typer
 
 from dgemma import embedded
 from dgemma.bench.cli import app as bench
-from dgemma.checkpoints.source import folders_of, resolve
+from dgemma.checkpoints.source import GGUF, folders_of, resolve
 from dgemma.checks import verify
 from dgemma.commands import edit, infill
-from dgemma.evals.cli import evaluate, evaluate_spans
+from dgemma.evals.cli import evaluate, evaluate_formats, evaluate_spans
 from dgemma.flags import (
     Device,
     Dtype,
+    Format,
+    KVCache,
     Model,
     Quantize,
     UsageError,
@@ -59,6 +61,7 @@ app.command("train")(train)
 app.command("teach")(teach)
 app.command("eval")(evaluate)
 app.command("eval-spans")(evaluate_spans)
+app.command("eval-formats")(evaluate_formats)
 app.command("serve")(serve)
 app.command("infill")(infill)
 app.command("edit")(edit)
@@ -93,6 +96,7 @@ def run(
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
+    kv_cache: KVCache = None,
     *,
     config: dict[str, Any],
 ) -> None:
@@ -115,7 +119,7 @@ def run(
         except ValueError as error:
             raise UsageError(str(error)) from None
 
-    lm = _load(model, directory, device, dtype, quantize, think)
+    lm = _load(model, directory, device, dtype, quantize, kv_cache, think)
     messages = [{"role": "system", "content": system}] if system else []
     asked = [*messages, {"role": "user", "content": text}] if system else text
     events = lm.stream(asked, think=think, constraint=constraint, **options)
@@ -160,14 +164,16 @@ def chat(
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
+    kv_cache: KVCache = None,
     *,
     config: dict[str, Any],
 ) -> None:
     """Talk with a model over several turns; /help lists the commands."""
     options = _options(config, seed, visual, autoregressive, temperature)
     if url is not None:
-        for name, value in (("device", device), ("dtype", dtype)):
-            if value != "auto":
+        given = {"device": device, "dtype": dtype, "quantize": quantize, "kv-cache": kv_cache}
+        for name, value in given.items():
+            if value not in ("auto", None):
                 raise UsageError(f"--{name} has no effect with --url")
         from dgemma.terminal.remote import converse
 
@@ -176,7 +182,7 @@ def chat(
     if api_key is not None:
         raise UsageError("--api-key has no effect without --url")
     model = model or "tiny"
-    lm = _load(model, checked(model, config), device, dtype, quantize, think)
+    lm = _load(model, checked(model, config), device, dtype, quantize, kv_cache, think)
     from dgemma.terminal.chat import Conversation
     from dgemma.terminal.screen import Screen
     from dgemma.terminal.view import View
@@ -241,17 +247,22 @@ def merge(
     dtype: Dtype = "auto",
 ) -> None:
     """Write an adapter and the model it was made for as one checkpoint in the released format."""
+    folders = folders_of(resolve(adapter))
+    if folders[-1].suffix == GGUF:
+        raise ValueError(f"{adapter} changes {folders[-1]}: an adapter cannot be merged into a GGUF file")
     from dgemma.checkpoints.save import save_model
     from dgemma.language_model import load
+    from dgemma.model.lora import merge_lora
 
     lm = load(adapter, "cpu", dtype)
-    save_model(lm.model, out, lm.defaults, folders_of(resolve(adapter)))
+    merge_lora(lm.model)  # what load leaves unmerged is quantised: an error
+    save_model(lm.model, out, lm.defaults, folders)
 
 
 @app.command()
 def quantize(
     model: Model,
-    format: Annotated[Literal["int8", "fp8", "int4", "nvfp4"], typer.Option(help="of attention, dense MLPs, experts")],
+    format: Annotated[Format, typer.Option(help="of attention, dense MLPs and experts")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the directory to write")],
     group: Annotated[Literal["32", "64", "128"], typer.Option(help="columns that share a scale of int4")] = "32",
     embeddings: Annotated[bool, typer.Option("--embeddings", help="the token embeddings too, in int8")] = False,
@@ -267,7 +278,7 @@ def quantize(
 
 
 @app.command()
-def info(model: Annotated[str, typer.Argument(help="embedded name, directory or hub id")]) -> None:
+def info(model: Annotated[str, typer.Argument(help="embedded name, directory, GGUF file or hub id")]) -> None:
     """Tell a model's sizes, what its file holds and how much memory it takes."""
     from dgemma.terminal.info import describe
 
@@ -309,8 +320,16 @@ def _prompt(given: str | None) -> str:
     return text.removesuffix("\n")
 
 
-def _load(model: str, directory: Path, device: str, dtype: str, quantize: str | None, think: bool) -> "LanguageModel":
-    lm = load_checked(model, directory, device, dtype, quantize)
+def _load(
+    model: str,
+    directory: Path,
+    device: str,
+    dtype: str,
+    quantize: str | None,
+    kv_cache: str | None,
+    think: bool,
+) -> "LanguageModel":
+    lm = load_checked(model, directory, device, dtype, quantize, kv_cache)
     if think and lm.template is None:
         raise UsageError(f"--think has no effect: {model} has no chat template")
     return lm

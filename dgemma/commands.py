@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dgemma.config import GAP_MARKER, GAP_TOKENS
-from dgemma.flags import Device, Dtype, Quantize, UsageError, checked, config_flags, load_checked
+from dgemma.flags import Device, Dtype, KVCache, Quantize, UsageError, checked, config_flags, load_checked
 
 if TYPE_CHECKING:
     from dgemma.edit import Edit
@@ -46,6 +46,7 @@ def infill(
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
+    kv_cache: KVCache = None,
     *,
     config: dict[str, Any],
 ) -> None:
@@ -69,7 +70,7 @@ def infill(
     prefix, suffix = _around(text, at, end) if at is not None else _parted(text, marker or GAP_MARKER)
     options = {name: value for name, value in config.items() if name != "max_new_tokens"}
     most = config.get("max_new_tokens", GAP_TOKENS)
-    lm = load_checked(model, checked(model, options), device, dtype, quantize)
+    lm = load_checked(model, checked(model, options), device, dtype, quantize, kv_cache)
     from dgemma.terminal.layout import Style
     from dgemma.terminal.screen import note
 
@@ -101,6 +102,7 @@ def edit(
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
+    kv_cache: KVCache = None,
     *,
     config: dict[str, Any],
 ) -> None:
@@ -120,7 +122,7 @@ def edit(
     if not text:
         raise UsageError(f"{file} is empty: there is nothing to edit")
     spans = [_span(text, given) for given in lines] if lines else None
-    lm = load_checked(model, checked(model, config), device, dtype, quantize)
+    lm = load_checked(model, checked(model, config), device, dtype, quantize, kv_cache)
     from dgemma.terminal.screen import note
 
     made = lm.edit(text, spans, instruction, noise, prompt=prompt, seed=seed, **config)

@@ -138,16 +138,19 @@ class ModelConfig:
         """The first of `past` cached tokens that a layer of this kind can still reach."""
         return max(0, past - self.prefix_window) if kind == SLIDING else 0
 
-    def cache_bytes_per_token(self, itemsize: int = 2) -> dict[str, int]:
-        """Bytes one cached token takes in all layers of a kind: {"full_attention": …, "sliding_attention": …}."""
+    def cache_bytes_per_token(self, itemsize: int = 2, scale: int = 0) -> dict[str, int]:
+        """Bytes one cached token takes in all layers of a kind: {"full_attention": …, "sliding_attention": …}.
+
+        scale: bytes beside each head's key and each value.
+        """
         sizes = {FULL: 0, SLIDING: 0}
         for layer, kind in enumerate(self.layer_types):
-            sizes[kind] += 2 * self.kv_heads(layer) * self.head_size(layer) * itemsize
+            sizes[kind] += 2 * self.kv_heads(layer) * (self.head_size(layer) * itemsize + scale)
         return sizes
 
-    def cache_bytes(self, tokens: int, itemsize: int = 2) -> int:
+    def cache_bytes(self, tokens: int, itemsize: int = 2, scale: int = 0) -> int:
         """Bytes of the pages of a row of `tokens`: full layers grow with it, sliding ones stop at the window."""
-        sizes, page = self.cache_bytes_per_token(itemsize), self.canvas_length
+        sizes, page = self.cache_bytes_per_token(itemsize, scale), self.canvas_length
         pages = -(-tokens // page)
         dropped = self.first_reached(SLIDING, tokens) // page
         return page * (sizes[FULL] * pages + sizes[SLIDING] * (pages - dropped))

@@ -23,9 +23,17 @@ Model = Annotated[str, typer.Argument(help="embedded name, directory or hub id")
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: the file's own")]
 
+Format = Literal["int8", "fp8", "int4", "w4a8", "nvfp4"]
 Quantize = Annotated[
-    Literal["int8", "fp8", "int4", "nvfp4"] | None,
+    Format | None,
     typer.Option(help="keep attention, dense MLPs and experts in fewer bits, quantised while they are read"),
+]
+
+KVCache = Annotated[
+    Literal["int8", "fp8"] | None,
+    typer.Option(
+        "--kv-cache", help="keep keys and values of encoded tokens in 8 bits", show_default="the model's dtype"
+    ),
 ]
 
 
@@ -73,11 +81,18 @@ def checked(model: str, config: dict[str, Any]) -> Path:
     return directory
 
 
-def load_checked(model: str, directory: Path, device: str, dtype: str, quantize: str | None = None) -> "LanguageModel":
+def load_checked(
+    model: str,
+    directory: Path,
+    device: str,
+    dtype: str,
+    quantize: str | None = None,
+    kv_cache: str | None = None,
+) -> "LanguageModel":
     """The model of `checked`; one that ships keeps its name."""
     from dgemma.language_model import load
 
-    return load(model if directory.parent == embedded.HERE else directory, device, dtype, quantize)
+    return load(model if directory.parent == embedded.HERE else directory, device, dtype, quantize, kv_cache)
 
 
 def check_folders(*files: Path | None) -> None:

@@ -23,6 +23,7 @@ from dgemma.decoding.pins import Known
 from dgemma.edit import Edit, edit
 from dgemma.infill import Infill, infill
 from dgemma.model.cache import Cache
+from dgemma.model.kv_formats import page_format
 from dgemma.model.lora import merge_lora
 from dgemma.model.network import DiffusionGemma
 from dgemma.quant.modules import matrices
@@ -367,29 +368,40 @@ class Chat:
 
 
 def load(
-    source: str | Path, device: str = "auto", dtype: str = "auto", quantize: str | Quantization | None = None
+    source: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | Quantization | None = None,
+    kv_cache: str | None = None,
 ) -> LanguageModel:
     """A model from a hub id, a directory in the released format, a GGUF file, or the name of an embedded model.
 
-    A directory, or hub id, of a LoRA adapter gives its base model with the adapter merged into it; tokenizer and chat
-    template are the adapter's where it brings its own.
+    A directory, or hub id, of a LoRA adapter gives its base model with the adapter merged into it, or beside it where
+    that is quantised; tokenizer and chat template are the adapter's where it brings its own, or the GGUF file's.
     device: "auto" takes a CUDA device if there is one; dtype: "auto" is the file's own, or "float32", "bfloat16",
-    "float16". quantize: "int8", "fp8", "int4", "nvfp4" or a Quantization keeps attention, dense MLPs and experts of a
-    file that is not quantised in fewer bits; an adapter then stays beside them. Errors are one line that names the
-    file, tensor or value and says what to do.
+    "float16". quantize: "int8", "fp8", "int4", "w4a8", "nvfp4" or a Quantization keeps attention, dense MLPs and
+    experts of a file that is not quantised in fewer bits. kv_cache: "int8" or "fp8" keeps keys and values of encoded
+    tokens in 8 bits; None in the model's dtype. Errors name, in one line, the file, tensor or value and say what to do.
     """
-    path = resolve(source)
-    if path.suffix == GGUF:
-        return _load_gguf(str(source), path, device, dtype, quantize)
-    folders = folders_of(path)
-    model = load_model(folders[-1], device, dtype, quantize).requires_grad_(False)
+    pages = page_format(kv_cache)
+    folders = folders_of(resolve(source))
+    read = _load_gguf if folders[-1].suffix == GGUF else _load_directory
+    lm = read(str(source), folders, device, dtype, quantize)
     for adapter in folders[:-1]:
-        load_adapter(model, adapter)
-        if not matrices(model):
-            merge_lora(model)
+        load_adapter(lm.model, adapter)
+        if not matrices(lm.model):
+            merge_lora(lm.model)
+    lm.model.requires_grad_(False)
+    lm.model.page_format = pages
+    return lm
+
+
+def _load_directory(
+    name: str, folders: Sequence[Path], device: str, dtype: str, quantize: str | Quantization | None
+) -> LanguageModel:
     return LanguageModel(
-        name=str(source),
-        model=model,
+        name=name,
+        model=load_model(folders[-1], device, dtype, quantize),
         tokenizer=Tokenizer.from_directory(holder(folders, "tokenizer.json")),
         template=ChatTemplate.from_directory(holder(folders, "chat_template.jinja")),
         defaults=defaults_of(folders),
@@ -397,7 +409,10 @@ def load(
     )
 
 
-def _load_gguf(name: str, path: Path, device: str, dtype: str, quantize: str | Quantization | None) -> LanguageModel:
+def _load_gguf(
+    name: str, folders: Sequence[Path], device: str, dtype: str, quantize: str | Quantization | None
+) -> LanguageModel:
+    path = folders[-1]
     if quantize:
         raise ValueError(f"{path}: quantize has no effect on a GGUF file, which is taken as it is")
     gguf = read_gguf(path)
@@ -408,5 +423,4 @@ def _load_gguf(name: str, path: Path, device: str, dtype: str, quantize: str | Q
         chat = ChatTemplate(template, names) if template else None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    model = load_gguf(gguf, device, dtype).requires_grad_(False)
-    return LanguageModel(name, model, tokenizer, chat, gguf.generation)
+    return LanguageModel(name, load_gguf(gguf, device, dtype), tokenizer, chat, gguf.generation)

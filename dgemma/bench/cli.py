@@ -10,10 +10,12 @@ import typer
 
 from dgemma.bench import constrain as constraining
 from dgemma.bench import decode as decoding
+from dgemma.bench import full as filling
 from dgemma.bench import serve as serving
 from dgemma.bench import train as training
 from dgemma.bench.harness import Spread
 from dgemma.bench.shapes import SHAPES
+from dgemma.flags import Format
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +31,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Tuned = Annotated[bool, typer.Option("--tuned", help="also transformers with a tuned malloc")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
-Result = TypeVar("Result", decoding.Result, training.Result, serving.Result, constraining.Result)
+Result = TypeVar("Result", decoding.Result, training.Result, serving.Result, constraining.Result, filling.Result)
 
 
 @app.command()
@@ -40,7 +42,7 @@ def decode(
     threads: Threads = None,
     device: Device = "cpu",
     tuned: Tuned = False,
-    formats: Annotated[str, typer.Option(help="this project also with weights in these: int8,fp8,int4,nvfp4")] = "",
+    formats: Annotated[str, typer.Option(help="this project with weights in these too: int8,fp8,…")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Decode with this project and with transformers: same random weights, same steps, same dtype."""
@@ -97,6 +99,22 @@ def serve(
 
 
 @app.command()
+def full(
+    shape: Shape = "26b",
+    format: Annotated[Format, typer.Option(help="what the weights are quantised to")] = "w4a8",
+    steps: Annotated[int, typer.Option(help="denoising steps that are timed")] = 3,
+    threads: Threads = None,
+    directory: Annotated[
+        Path | None, typer.Option(help="keeps the checkpoint there, and takes it from there", show_default="a new one")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Load and run the released size from random weights in few bits: whether it fits, and what a step costs here."""
+    run = lambda: filling.run(shape, format, steps, threads, directory, progress=_tell)  # noqa: E731
+    _report(run, show_full, as_json)
+
+
+@app.command()
 def constrain(
     tokenizer: Annotated[
         Path | None, typer.Option(help="directory of a tokenizer, such as the release's", show_default="tiny's")
@@ -127,6 +145,23 @@ def show(result: decoding.Result) -> None:
     console = _finish(table, result)
     if result.trajectories_equal is not None:
         console.print(f"trajectories equal: {'yes' if result.trajectories_equal else 'no'}")
+
+
+def show_full(result: filling.Result) -> None:
+    """One figure a line."""
+    gib = float(1 << 30)
+    peak = f"{result.peak_bytes / gib:.2f} GiB" if result.peak_bytes else "not told here"
+    lines = {
+        "weights in the file, in memory": f"{result.file_bytes / gib:.2f}, {result.weight_bytes / gib:.2f} GiB",
+        "peak memory": peak,
+        "written to swap": f"{result.swapped / gib:.2f} GiB",
+        "start until loaded": f"{result.load:.1f} s",
+        f"prefill of {result.prompt} tokens": f"{result.prefill:.2f} s",
+        "denoising step": f"{_spread(result.step)} s",
+    }
+    print(f"full: {result.shape}, {result.format}, {result.threads} threads")
+    print("\n".join(f"{name:<34}{value}" for name, value in lines.items()))
+    print(_measured_on(result))
 
 
 def show_training(result: training.Result) -> None:
@@ -232,7 +267,9 @@ def _finish(table: "Table", result: decoding.Result | training.Result) -> "Conso
     return console
 
 
-def _measured_on(result: decoding.Result | training.Result | serving.Result | constraining.Result) -> str:
+def _measured_on(
+    result: decoding.Result | training.Result | serving.Result | constraining.Result | filling.Result,
+) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     return f"{result.machine}; {versions}"
 

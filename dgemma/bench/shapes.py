@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from dgemma.checkpoints import release
 from dgemma.config import FULL, SLIDING, ModelConfig, VisionConfig
 
 
@@ -92,6 +93,7 @@ _TRAIN = replace(
 )
 
 SHAPES = {
+    "26b": Shape(release.TEXT, prompt=256, steps=(1, 2)),
     "mid": Shape(_MID, prompt=256, steps=(2, 8)),
     "small": Shape(_SMALL, prompt=32, steps=(2, 22)),
     "train": Shape(_TRAIN, prompt=100, steps=(2, 8)),

@@ -9,14 +9,20 @@ from torch import Tensor, nn
 
 from dgemma.checkpoints.names import stored_name
 from dgemma.model.network import DiffusionGemma
-from dgemma.quant.formats import GROUP, Float8, Int4, Int8, Nvfp4
+from dgemma.quant.formats import GROUP, W4A8, Float8, Int4, Int8, Nvfp4
 from dgemma.quant.modules import QuantLinear, matrices
 from dgemma.quant.packed import Packed
 from dgemma.quant.quantize import EMBEDDING
 
 PARTS = (r".*\.router\..*", r".*self_conditioning.*", r".*vision_tower.*", r".*embed_vision.*")
 """What is named as a whole where none of it is quantised; other tools hold the layers twice, under other names."""
-FORMATS = {"fp8": "float-quantized", "int8": "int-quantized", "int4": "pack-quantized", "nvfp4": "nvfp4-pack-quantized"}
+FORMATS = {
+    "fp8": "float-quantized",
+    "int8": "int-quantized",
+    "int4": "pack-quantized",
+    "w4a8": "pack-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+}
 
 
 def stored_tensors(name: str, matrix: Packed) -> Iterator[tuple[str, Tensor]]:
@@ -54,6 +60,10 @@ def _parts(matrix: Packed, buffers: Mapping[str, Tensor], module: str) -> dict[s
                 "weight_scale": buffers["scale"],
                 "weight_shape": shape,
             }
+        case W4A8():
+            scale = (buffers["unit"] * buffers["multiple"]).bfloat16()
+            shape = torch.tensor([len(scale), matrix.shape[-1]])
+            return {"weight_packed": buffers["codes"].view(torch.int32), "weight_scale": scale, "weight_shape": shape}
         case Nvfp4(divide=True):
             parts = {"weight_packed": buffers["codes"], "weight_scale": buffers["scale"].view(torch.float8_e4m3fn)}
             return parts | {"weight_global_scale": buffers["factor"].flatten()[:1]}
@@ -91,8 +101,10 @@ def _group(matrix: Packed, targets: list[str]) -> dict[str, Any]:
         case Int8():
             weights |= {"num_bits": 8, "type": "int", "strategy": "channel"}
             inputs = each_token | {"type": "int"} if matrix.activations else None
-        case Int4():
-            group = matrix.shape[-1] // matrix.get_buffer("scale").shape[-1]
+        case Int4() | W4A8():
+            of_groups = matrix.get_buffer("multiple" if isinstance(matrix, W4A8) else "scale")
+            group = matrix.shape[-1] // of_groups.shape[-1]
+            inputs = each_token | {"type": "int"} if isinstance(matrix, W4A8) else None
             weights |= {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group}
         case Nvfp4():
             weights |= {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": GROUP}

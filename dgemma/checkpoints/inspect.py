@@ -6,10 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dgemma.checkpoints.headers import stored_tensors
-from dgemma.checkpoints.names import released_name
+from dgemma.checkpoints.names import released_name, stored_name
 from dgemma.config import FULL, SLIDING, ModelConfig, VisionConfig
+
+if TYPE_CHECKING:
+    from dgemma.checkpoints.gguf_header import Gguf
 
 _PARTS = (
     ("vision", r"\.(vision_tower|embed_vision)\."),
@@ -62,6 +66,21 @@ def inspect(directory: str | Path) -> CheckpointInfo:
         part_bytes[part_of(name)] += tensor.bytes
     shards = sorted({tensor.file.name for tensor in stored.values()})
     return CheckpointInfo(len(stored), tuple(shards), dict(sizes.most_common()), elements, part_bytes)
+
+
+def inspect_gguf(header: "Gguf") -> CheckpointInfo:
+    """The same of a GGUF file, with ggml's types; what is not the network's belongs to no part."""
+    from dgemma.checkpoints.gguf_header import own_name  # needs numpy
+
+    sizes: Counter[str] = Counter()
+    elements, part_bytes = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
+    for name, tensor in header.tensors.items():
+        sizes[tensor.type] += tensor.data.nbytes
+        if own := own_name(name):
+            elements[part_of(stored_name(own))] += math.prod(tensor.shape)
+            part_bytes[part_of(stored_name(own))] += tensor.data.nbytes
+    files = sorted({tensor.file.name for tensor in header.tensors.values()})
+    return CheckpointInfo(len(header.tensors), tuple(files), dict(sizes.most_common()), elements, part_bytes)
 
 
 def part_of(name: str) -> str:

@@ -124,7 +124,7 @@ def _scheme(name: str, group: Mapping[str, Any], overall: str | None) -> Scheme:
             if strategy == "group" and (size < 2 or size % 2):
                 raise ValueError(f"{name}.weights.group_size is {size}; an even number of columns is expected")
             parts = {"weight_packed": Part("codes", frozenset({"I32"})), "weight_scale": Part("scale", FLOATS)}
-            return Scheme("int4", parts, grouped, targets=targets)
+            return Scheme("int4", parts, grouped, rounded, targets=targets)
         case ("float", 4) if size == 16 and stored in (None, NVFP4_PACK):
             return Scheme("nvfp4", _nvfp4("weight_packed", "weight_global_scale"), 16, targets=targets)
     told = ", ".join(f"{key} {value!r}" for key, value in (("num_bits", bits), ("type", kind), ("strategy", strategy)))

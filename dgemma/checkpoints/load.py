@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dgemma.checkpoints.empty import empty_model
-from dgemma.checkpoints.gguf import Gguf
+from dgemma.checkpoints.gguf_header import Gguf
 from dgemma.checkpoints.headers import StoredTensor, listed, model_json, stored_tensors
 from dgemma.checkpoints.layouts import read_layout
 from dgemma.checkpoints.names import released_name, stored_name
@@ -32,7 +32,7 @@ def load_model(
 
     device: "auto" is cuda where there is one, else cpu. dtype: "auto" is what most of the file's floating bytes are in.
     What the file holds quantised stays so (`dgemma.quant`). quantize: what to quantise of a file that is not, one
-    matrix at a time; "int8", "fp8", "int4" or "nvfp4", or a Quantization.
+    matrix at a time; "int8", "fp8", "int4", "w4a8", "nvfp4", or a Quantization.
     Tensors that need no change stay memory-mapped; others are read or converted one at a time, so that beside the
     result no more than one tensor is held. Raises OSError for missing files; ValueError for damaged ones and for
     tensors that are missing, unexpected, misshapen or not understood, by name.

@@ -12,7 +12,7 @@ from dgemma.checkpoints.headers import StoredTensor, listed
 from dgemma.checkpoints.layouts import UNUSED, Layout, Scheme
 from dgemma.checkpoints.names import released_name
 from dgemma.checkpoints.reading import CODES, DTYPES, Reader, slices
-from dgemma.quant.formats import FORMATS
+from dgemma.quant.formats import FORMATS, W4A8
 from dgemma.quant.packed import Packed
 from dgemma.quant.quantize import Quantization
 
@@ -196,6 +196,9 @@ def packed(
             _fill(piece.of(buffers[part.buffer]), name, entry, reader)
     if scheme.kind == "int4":
         buffers["codes"] = buffers["codes"].view(torch.uint8)
+        # Products in int8 need scales of one kind, as `dgemma quantize` makes them; others keep x as it is.
+        if scheme.activations and (factors := W4A8.factors(buffers["scale"])):
+            return W4A8(shape, dtype, codes=buffers["codes"], **factors)
     options: Any = {"divide": scheme.divide} if scheme.kind == "nvfp4" else {}
     if scheme.kind == "int8":
         options = {"activations": scheme.activations}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,8 @@ from dgemma.checkpoints.names import stored_name
 from dgemma.checkpoints.pieces import Piece, assembled, check_complete, is_plain, packed, pieces_of
 from dgemma.checkpoints.reading import DTYPES, Reader, slices
 from dgemma.checkpoints.release import GOLDEN, TEMPLATES, TOKENIZER, Golden, is_release
-from dgemma.config import GenerationConfig, ModelConfig
+from dgemma.checkpoints.source import ADAPTER
+from dgemma.config import GenerationConfig, ModelConfig, read_json
 from dgemma.model.network import DiffusionGemma
 from dgemma.quant.formats import Float8, Nvfp4
 from dgemma.quant.modules import matrices
@@ -53,6 +55,9 @@ def verify(
     logits: whether the network is loaded, if it should be the release's, and held against published logits.
     """
     try:
+        if (directory / ADAPTER).is_file() and not (directory / "config.json").is_file():
+            base = read_json(directory / ADAPTER).get("base_model_name_or_path")
+            raise ValueError(f"{directory} is an adapter of {base}: verify that, or what `dgemma merge` makes of both")
         values = model_json(directory)
         config, layout = ModelConfig.from_dict(values), read_layout(directory, values)
     except (OSError, ValueError) as error:
@@ -68,16 +73,25 @@ def verify(
         ("chat template", _template),
         ("generation config", _generation),
     ):
-        try:
-            yield Finding(name, *check(directory, config))
-        except (OSError, ValueError) as error:
-            yield Finding(name, "wrong", str(error))
+        yield attempted(name, partial(check, directory, config))
+    yield check_logits(config, logits, sound, partial(load_model, directory, device))
+
+
+def attempted(name: str, check: Callable[[], tuple[Verdict, str]]) -> Finding:
+    """A check's verdict, or the error that it raised."""
+    try:
+        return Finding(name, *check())
+    except (OSError, ValueError) as error:
+        return Finding(name, "wrong", str(error))
+
+
+def check_logits(config: ModelConfig, asked: bool, sound: bool, load: Callable[[], DiffusionGemma]) -> Finding:
+    """Loads the network if it should be the release's, is asked for and has sound weights."""
     if not is_release(config):
-        yield Finding("logits", "skipped", "golden logits are known of google/diffusiongemma-26B-A4B-it alone")
-    elif not (logits and sound):
-        yield Finding("logits", "skipped", "not asked for" if sound else "the weights are wrong")
-    else:
-        yield compare_logits(load_model(directory, device), GOLDEN)
+        return Finding("logits", "skipped", "golden logits are known of google/diffusiongemma-26B-A4B-it alone")
+    if not (asked and sound):
+        return Finding("logits", "skipped", "not asked for" if sound else "the weights are wrong")
+    return compare_logits(load(), GOLDEN)
 
 
 @torch.inference_mode()
@@ -144,9 +158,9 @@ def _faults(
                 continue
             if entry.dtype in DTYPES and entry.bytes:
                 matrices = slices(entry) if len(entry.shape) == 3 else [entry]
-                count = sum(_not_finite(reader.tensor(matrix)) for matrix in matrices)
+                count = sum(count_not_finite(reader.tensor(matrix)) for matrix in matrices)
                 if count:
-                    yield _told(name, count)
+                    yield not_finite(name, count)
             done += entry.bytes
             progress(done, total)
         for piece in in_pieces:
@@ -170,8 +184,8 @@ def _faults_of(
         shape = (piece.last - piece.first, shape[-1])
         piece = Piece(piece.target, piece.module, None, 0, shape[0], piece.parts)
     if is_plain(piece, stored):
-        if count := _not_finite(assembled(shape, [piece], stored, dtype, reader)):
-            yield _told(piece.parts["weight"], count)
+        if count := count_not_finite(assembled(shape, [piece], stored, dtype, reader)):
+            yield not_finite(piece.parts["weight"], count)
         return
     matrix = packed(shape, [piece], stored, layout, dtype, reader)
     found = list(_wrong_buffers(matrix))
@@ -206,16 +220,25 @@ def _nan_codes(codes: Tensor) -> int:
     return int((codes & 0x7F == 0x7F).sum())
 
 
-def _not_finite(values: Tensor) -> int:
+def count_not_finite(values: Tensor) -> int:
     return values.numel() - int(values.isfinite().sum())
 
 
-def _told(name: str, count: int) -> str:
+def not_finite(name: str, count: int) -> str:
     return f"{name}: {count} value{'s are' if count > 1 else ' is'} not finite"
 
 
 def _tokenizer(directory: Path, config: ModelConfig) -> tuple[Verdict, str]:
-    tokenizer = Tokenizer.from_directory(directory)
+    chats = (directory / "chat_template.jinja").is_file() or "chat_template" in read_config(directory)
+    told = check_tokenizer(Tokenizer.from_directory(directory), config, chats)
+    if not is_release(config):
+        return "ok", told
+    same = sha256((directory / "tokenizer.json").read_bytes()).hexdigest() == TOKENIZER
+    return "ok", f"{told}, {'the release' if same else 'not the release'}'s file"
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, chats: bool) -> str:
+    """How many tokens it has. ValueError if it does not fit the config or, of a model that chats, lacks marks."""
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"{len(tokenizer)} tokens, but vocab_size is {config.vocab_size}")
     for name, found, known in (
@@ -226,18 +249,17 @@ def _tokenizer(directory: Path, config: ModelConfig) -> tuple[Verdict, str]:
         if found not in known:
             raise ValueError(f"its {name} token is {found}; that of config.json is {known[0]}")
     lost = [mark for mark in MARKS if tokenizer.id(mark) is None]
-    chats = (directory / "chat_template.jinja").is_file() or "chat_template" in read_config(directory)
     if lost and chats:
         raise ValueError(f"it lacks {listed(lost, 'special token')}")
-    told = f"{len(tokenizer):,} tokens"
-    if not is_release(config):
-        return "ok", told
-    same = sha256((directory / "tokenizer.json").read_bytes()).hexdigest() == TOKENIZER
-    return "ok", f"{told}, {'the release' if same else 'not the release'}'s file"
+    return f"{len(tokenizer):,} tokens"
 
 
 def _template(directory: Path, config: ModelConfig) -> tuple[Verdict, str]:
-    template = ChatTemplate.from_directory(directory)
+    return check_template(ChatTemplate.from_directory(directory))
+
+
+def check_template(template: ChatTemplate | None) -> tuple[Verdict, str]:
+    """ValueError if it does not render a message."""
     if template is None:
         return "skipped", "there is none: a base model takes plain text"
     if "ready?" not in template.render([{"role": "user", "content": "ready?"}]):

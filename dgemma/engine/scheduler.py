@@ -101,7 +101,7 @@ class Scheduler:
         if not len(request.prompt):
             raise ValueError("the prompt is empty; give at least one token")
         positions = check_room(self.model, request, 0)
-        nbytes = self.model.config.cache_bytes(positions, self.model.dtype.itemsize)
+        nbytes = self.model.cache_bytes(positions)
         if nbytes > self.limits.cache_bytes:
             raise ValueError(
                 f"prompt and answer need {nbytes >> 20} MiB of cache; the engine has "
@@ -268,7 +268,7 @@ class Scheduler:
         """The rows of some jobs as a cache; the same one as long as they are the same, for what it has gathered."""
         key = tuple(job.number for job in jobs)
         if key not in self._caches:
-            cache = Cache(self.model.config, 0, self.model.dtype, self.model.device)
+            cache = self.model.new_cache(0)
             cache.rows = [job.row for job in jobs]
             self._caches = {key: cache}
         return self._caches[key]

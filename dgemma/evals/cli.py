@@ -5,12 +5,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from dgemma.evals import conversations, tasks
-from dgemma.flags import Device, Dtype, Model, Quantize, UsageError, check_folders, checked, config_flags, load_checked
+from dgemma.flags import (
+    Device,
+    Dtype,
+    Format,
+    KVCache,
+    Model,
+    Quantize,
+    UsageError,
+    check_folders,
+    checked,
+    config_flags,
+    load_checked,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -40,6 +52,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
+    kv_cache: KVCache = None,
     constrain: Annotated[
         bool, typer.Option("--constrain", help="answers keep to what is asked for: a schema, a call, the clues")
     ] = False,
@@ -76,7 +89,7 @@ def evaluate(
             drawn = (tasks.items(chosen, count or COUNT, seed, held_out=True, level=level) for level in wanted)
             items = [item for level in drawn for item in level]
         progress.update(bar, description="model")
-        lm = load_checked(model, directory, device, dtype, quantize)
+        lm = load_checked(model, directory, device, dtype, quantize, kv_cache)
         progress.update(bar, description="answers", total=len(items))
         done = lambda count: progress.update(bar, completed=count)  # noqa: E731
         results = measure(lm, items, chosen, batch, seed, done, constrain, **config)
@@ -151,6 +164,55 @@ def _levels(name: str, task: Any, levels: Sequence[str] | None) -> Sequence[str]
     if strange:
         raise UsageError(f"{name} has no level {strange[0]!r}; known are {', '.join(task.LEVELS)}")
     return list(dict.fromkeys(levels or task.LEVELS))
+
+
+@config_flags
+def evaluate_formats(
+    model: Model,
+    names: Annotated[list[str] | None, typer.Option("--task", help="one of them; repeated for several")] = None,
+    formats: Annotated[str, typer.Option(help="what to quantise to, with commas")] = ",".join(get_args(Format)),
+    count: Annotated[int, typer.Option(min=1, help="items of each level")] = 25,
+    seed: Annotated[int, typer.Option(min=0, help="of the items and of all noise")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="answers at once; changes speed and memory only")] = 32,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    *,
+    config: dict[str, Any],
+) -> None:
+    """Measure what fewer bits cost a model: exact answers and divergence of the logits, by format, beside float32."""
+    chosen = {name: _task(name) for name in names or ()}
+    if not chosen:
+        raise UsageError(f"--task is needed, once or more: {', '.join(tasks.NAMES)}")
+    wanted = formats.split(",")
+    if unknown := [format for format in wanted if format not in get_args(Format)]:
+        raise UsageError(f"--formats {unknown[0]!r} is not one of {', '.join(get_args(Format))}")
+    directory = checked(model, config)
+
+    from dgemma.evals.formats import measure_formats
+
+    asked = [
+        (task, [item for level in _levels(name, task, None) for item in tasks.items(task, count, seed, True, level)])
+        for name, task in chosen.items()
+    ]
+    load = lambda format: load_checked(model, directory, device, "float32", format)  # noqa: E731
+    with _progress() as progress:
+        bar = progress.add_task("float32", total=len(wanted) + 1)
+        rows = []
+        for row in measure_formats(
+            load, wanted, asked, batch, seed, lambda format: progress.update(bar, description=format), **config
+        ):
+            rows.append(row)
+            progress.advance(bar)
+    if as_json:
+        told = {"model": model, "tasks": list(chosen), "count": count, "seed": seed, "options": config}
+        print(json.dumps(told | {"formats": rows}, indent=2, default=asdict))
+        return
+    print("| format | bits a weight | bytes | KL, nats a position | exact | gained, lost | steps |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        share = f"{row.exact.share:.1%} ({row.exact.low:.1%}-{row.exact.high:.1%})"
+        cells = (row.format, f"{row.bits:.2f}", f"{row.bytes:,}", f"{row.divergence:.5f}", share)
+        print(f"| {' | '.join(cells)} | {row.gained:.1%}, {row.lost:.1%} | {row.steps:.1f} |")
 
 
 def _progress() -> "Progress":

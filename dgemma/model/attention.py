@@ -35,8 +35,8 @@ class KeyValues(Protocol):
     def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor] | None:
         """Keys and values [B, K, S, D] that the span's tokens can reach, or None where nothing is cached."""
 
-    def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> None:
-        """Takes keys and values [B, K, T, D] of the span's own tokens."""
+    def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes keys and values [B, K, T, D] of the span's own tokens; returns them as they will be read."""
 
 
 class Attention(nn.Module):
@@ -82,7 +82,8 @@ class Attention(nn.Module):
 
     def _attend_span(self, cache: KeyValues, span: Span, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if span.causal:
-            cache.write(self.layer, span, k, v)
+            # As they will be read: then it does not matter where one call or chunk ends and the next begins.
+            k, v = cache.write(self.layer, span, k, v)
         past = cache.read(self.layer, span)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from dgemma.config import FULL, SLIDING, ModelConfig
 from dgemma.model.attention import Span
+from dgemma.model.kv_formats import PLAIN, PageFormat
 
 
 @dataclass
 class Row:
     """One sequence: its length in tokens and, for each kind of layer, its pages [layers, 2, K, page, D] by index.
 
-    A dropped page of a sliding layer is None.
+    A dropped page of a sliding layer is None. In 8 bits a scale lies behind the D columns (see `PageFormat`).
     """
 
     length: int = 0
@@ -28,8 +29,15 @@ class Row:
 class Cache:
     """Keys and values of B rows. `model.encode` appends to it; `model.denoise` only reads it."""
 
-    def __init__(self, config: ModelConfig, rows: int, dtype: torch.dtype, device: torch.device):
-        self.config, self.dtype, self.device = config, dtype, device
+    def __init__(
+        self,
+        config: ModelConfig,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        format: PageFormat = PLAIN,
+    ):
+        self.config, self.dtype, self.device, self.format = config, dtype, device, format
         self.page = config.canvas_length
         self.rows = [Row() for _ in range(rows)]
         self._index = [config.layer_types[:i].count(kind) for i, kind in enumerate(config.layer_types)]
@@ -53,7 +61,7 @@ class Cache:
             return self
         key = tuple(rows)
         if key not in self._selected:
-            part = Cache(self.config, 0, self.dtype, self.device)
+            part = Cache(self.config, 0, self.dtype, self.device, self.format)
             part.rows = [self.rows[row] for row in rows]
             self._selected = {key: part}
         return self._selected[key]
@@ -64,7 +72,7 @@ class Cache:
         Full pages are shared; the page that is still being filled is copied. A row may be named several times.
         """
         sources = self.rows if rows is None else [self.rows[row] for row in rows]
-        fork = Cache(self.config, len(sources), self.dtype, self.device)
+        fork = Cache(self.config, len(sources), self.dtype, self.device, self.format)
         for copy, source in zip(fork.rows, sources, strict=True):
             full = source.length // self.page
             copy.length = source.length
@@ -79,9 +87,10 @@ class Cache:
             layers = [i for i, t in enumerate(self.config.layer_types) if t == kind]
             if not layers:
                 continue
-            shape = (len(layers), 2, self.config.kv_heads(layers[0]), self.page, self.config.head_size(layers[0]))
+            columns = self.config.head_size(layers[0]) + self.format.scale_bytes
+            shape = (len(layers), 2, self.config.kv_heads(layers[0]), self.page, columns)
             while len(pages) < wanted:
-                pages.append(torch.empty(shape, dtype=self.dtype, device=self.device))
+                pages.append(torch.empty(shape, dtype=self.format.dtype(self.dtype), device=self.device))
 
     def advance(self, row: int, tokens: int) -> None:
         """Counts `tokens` as encoded and lets go of pages that no sliding layer reaches any more."""
@@ -91,8 +100,10 @@ class Cache:
         out_of_reach = min(self.config.first_reached(SLIDING, state.length) // self.page, len(sliding))
         sliding[:out_of_reach] = [None] * out_of_reach
 
-    def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> None:
-        """Stores keys and values [B, K, T, D] behind each row's encoded length (see `reserve`)."""
+    def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores keys and values [B, K, T, D] behind each row's encoded length (see `reserve`); returns what is read
+        of them later."""
+        keys, values = self.format.encode(keys), self.format.encode(values)
         kind, index = self.config.layer_types[layer], self._index[layer]
         for i in range(span.rows):
             pages = self.rows[span.row + i].pages[kind]
@@ -105,6 +116,7 @@ class Cache:
                 page[index, 0, :, offset : offset + count] = keys[i, :, done : done + count]
                 page[index, 1, :, offset : offset + count] = values[i, :, done : done + count]
                 done += count
+        return self.format.decode(keys, self.dtype), self.format.decode(values, self.dtype)
 
     def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor] | None:
         """Keys and values [B, K, S, D] of what the span reaches, gathered once between two writes."""
@@ -120,11 +132,12 @@ class Cache:
 
     def _joined(self, layer: int, rows: list[Row]) -> tuple[Tensor, Tensor]:
         parts = [self._gather(layer, row) for row in rows]
-        joined = torch.stack(parts) if len(parts) > 1 else parts[0][None]
+        stored = torch.stack(parts) if len(parts) > 1 else parts[0][None]
+        joined = self.format.decode(stored, self.dtype)
         return joined[:, 0], joined[:, 1]
 
     def _gather(self, layer: int, row: Row) -> Tensor:
-        """[2, K, S, D] of one row."""
+        """[2, K, S, D] of one row, as it is stored."""
         kind, index = self.config.layer_types[layer], self._index[layer]
         start = self.config.first_reached(kind, row.length)
         first, last = start // self.page, -(-row.length // self.page)

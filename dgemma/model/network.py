@@ -17,6 +17,7 @@ from dgemma.model.attention import Attention, KeyValues, Span
 from dgemma.model.cache import Cache
 from dgemma.model.experts import Experts, Router
 from dgemma.model.head import SelfConditioning, TiedEmbedding
+from dgemma.model.kv_formats import PLAIN, PageFormat
 from dgemma.model.layers import MLP, RMSNorm, inverse_frequencies
 from dgemma.model.vision import VisionTower
 
@@ -56,11 +57,15 @@ class Layer(nn.Module):
 
 
 class DiffusionGemma(nn.Module):
-    """The network, on one device. Weights come from `dgemma.checkpoints`, or from `init_weights`."""
+    """The network, on one device. Weights come from `dgemma.checkpoints`, or from `init_weights`.
+
+    page_format: how its caches hold keys and values.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.page_format: PageFormat = PLAIN
         self.embed_tokens = TiedEmbedding(config)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -76,7 +81,12 @@ class DiffusionGemma(nn.Module):
         return self.embed_tokens.weight.dtype
 
     def new_cache(self, rows: int = 1) -> Cache:
-        return Cache(self.config, rows, self.dtype, self.device)
+        return Cache(self.config, rows, self.dtype, self.device, self.page_format)
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of the pages of a row of `tokens` in a cache of this model."""
+        itemsize = self.page_format.dtype(self.dtype).itemsize
+        return self.config.cache_bytes(tokens, itemsize, self.page_format.scale_bytes)
 
     def encode(self, tokens: Tensor | Sequence[Tensor], cache: Cache, logits: bool = False) -> list[Tensor] | None:
         """Appends tokens to each row of the cache, causally.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dgemma.quant.ggml_types import SIZES
 from dgemma.quant.packed import Packed
 
 _EVERY_BYTE = 0x0101010101010101
@@ -121,17 +122,18 @@ def _q6_k(blocks: Tensor) -> Tensor:
     return _signed(codes.view(*blocks.shape[:-1], 16, 16), 32).mul_(scales.unsqueeze(-1))
 
 
-BLOCKS = {
-    "Q4_0": Block(32, 18, _q4_0),
-    "Q4_1": Block(32, 20, _q4_1),
-    "Q5_0": Block(32, 22, _q5_0),
-    "Q5_1": Block(32, 24, _q5_1),
-    "Q8_0": Block(32, 34, _q8_0),
-    "Q4_K": Block(256, 144, _q4_k),
-    "Q5_K": Block(256, 176, _q5_k),
-    "Q6_K": Block(256, 210, _q6_k),
+_VALUES = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
 }
-"""The formats that llama.cpp's usual files are made of, by ggml's names."""
+BLOCKS = {name: Block(*SIZES[name], values) for name, values in _VALUES.items()}
+"""By ggml's names."""
 
 
 class Ggml(Packed):

@@ -68,7 +68,10 @@ class Packed(nn.Module):
         return self.restore(self.rows(at))
 
     def product(self, x: Tensor, at: int | None = None) -> Tensor:
-        """x [n, in] W^T, [n, out]; differentiable in x."""
+        """x [n, in] W^T, [n, out]; differentiable in x.
+
+        A format whose product rounds x as well has the gradient of the unrounded one: a straight-through estimator.
+        """
         if torch.is_grad_enabled() and x.requires_grad:
             return _Product.apply(x, self, at)
         return self.multiply(x, at)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dgemma.quant.formats import FORMATS, Int4, Int8
+from dgemma.quant.formats import FORMATS, W4A8, Int4, Int8
 from dgemma.quant.packed import Packed
 
 LARGE = r"layers\.\d+\.(self_attn\.[qkvo]_proj\.weight|mlp\.(gate|up|down)_proj\.weight|experts\.(gate_up|down)_proj)"
@@ -17,8 +17,9 @@ GROUPS = (32, 64, 128)
 class Quantization:
     """Attention, dense MLPs and experts in a format; routers, norms, self-conditioning and vision stay as they are.
 
-    format: "int8" (activations too, a token at a time), "fp8", "int4" or "nvfp4"; group: columns that share a scale of
-    int4; embeddings: the token embeddings, which are also the head, in int8.
+    format: "int8" (activations too, a token at a time), "fp8", "int4", "w4a8" (int4 of scales that let products be of
+    int8 numbers) or "nvfp4"; group: columns that share a scale of int4 and w4a8; embeddings: the token embeddings,
+    which are also the head, in int8.
     """
 
     format: str
@@ -46,8 +47,8 @@ class Quantization:
 
     def check(self, name: str, columns: int) -> None:
         kind = self.of(name)
-        group = {"int4": self.group, "nvfp4": 16}.get(kind.kind if kind else "", 1)
+        group = {"int4": self.group, "w4a8": self.group, "nvfp4": 16}.get(kind.kind if kind else "", 1)
         if columns % group or (group > 1 and columns % 8):
-            fitting = ", ".join(str(g) for g in GROUPS if columns % g == 0) if kind is Int4 else ""
+            fitting = ", ".join(str(g) for g in GROUPS if columns % g == 0) if kind in (Int4, W4A8) else ""
             hint = f"; groups of {fitting} would" if fitting else ""
             raise ValueError(f"{name} has {columns} columns, which groups of {group} do not divide{hint}")

@@ -198,7 +198,7 @@ class Answers:
         """The autoregressive mode: a token between two steps of the engine, so that nobody is held up."""
         lm, request = self.service.lm, choice.request
         size = len(request.prompt) + request.options.max_new_tokens
-        if lm.model.config.cache_bytes(size, lm.model.dtype.itemsize) > self.service.limits.cache_bytes:
+        if lm.model.cache_bytes(size) > self.service.limits.cache_bytes:
             raise ValueError(f"prompt and answer of {size} tokens do not fit the engine's cache: lower max_tokens")
 
         async def pump() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dgemma.flags import Device, Dtype, Model, Quantize, UsageError
+from dgemma.flags import Device, Dtype, KVCache, Model, Quantize, UsageError
 
 GIB = float(1 << 30)
 
@@ -28,6 +28,7 @@ def serve(
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
+    kv_cache: KVCache = None,
     name: Annotated[str | None, typer.Option(help="name of the model for clients", show_default="MODEL")] = None,
     trace: Annotated[Path | None, typer.Option(help="record every request here, for `dgemma trace`")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="no line for each request")] = False,
@@ -58,7 +59,7 @@ def serve(
             try:
                 from dgemma.language_model import load
 
-                service.open(load(model, device, dtype, quantize))
+                service.open(load(model, device, dtype, quantize, kv_cache))
                 print(f"{service.name} is served at {url(listening)}", flush=True)
             except Exception as error:
                 failed.append(error)

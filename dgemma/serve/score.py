@@ -97,7 +97,7 @@ def _spread(name: str, given: Sequence[T], count: int) -> Sequence[T]:
 
 def _check_memory(service: Service, prompts: Sequence[Sequence[int]]) -> None:
     model = service.lm.model
-    need = sum(model.config.cache_bytes(len(prompt), model.dtype.itemsize) for prompt in prompts)
+    need = sum(model.cache_bytes(len(prompt)) for prompt in prompts)
     if need > service.limits.cache_bytes:
         raise ValueError(f"the prompts need {need >> 20} MiB of cache; there are {service.limits.cache_bytes >> 20}")
 

@@ -1,5 +1,6 @@
 """`dgemma info`: what a checkpoint is and needs, from its config and its headers. Needs no torch."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from dgemma.checkpoints.inspect import (
     count_parameters,
     formats_of,
     inspect,
+    inspect_gguf,
     vocabulary_bytes,
     weight_bytes,
 )
 from dgemma.checkpoints.layouts import Scheme, read_layout
+from dgemma.checkpoints.source import GGUF
 from dgemma.config import FULL, SLIDING, ModelConfig, read_json
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
@@ -24,17 +27,16 @@ CARDS = (16, 24, 32, 48, 80, 141)
 KINDS = {"fp8": "FP8", "int8": "int8", "int4": "int4", "nvfp4": "NVFP4"}
 
 
-def describe(directory: Path) -> Iterator[str]:
-    """Lines about the model in a directory. Raises OSError or ValueError that names the file."""
-    config = ModelConfig.from_file(directory / "config.json")
-    stored = inspect(directory) if any(directory.glob("*.safetensors")) else None
+def describe(path: Path) -> Iterator[str]:
+    """Lines about the model in a directory or a GGUF file. Raises OSError or ValueError that names the file."""
+    config, stored, format = _gguf(path) if path.suffix == GGUF else _directory(path)
     parts = count_parameters(config)
     total = sum(parts.values())
     idle = parts["experts"] * (config.num_experts - config.top_k_experts) // config.num_experts
     kinds = config.layer_types
 
-    yield str(directory)
-    yield _line("format", _format(directory))
+    yield str(path)
+    yield _line("format", format)
     yield _line("parameters", f"{_count(total)}, {_count(total - idle - parts['vision'])} of them used by a text token")
     yield from (_part(part, number, stored) for part, number in parts.items() if number)
     layers = f"{len(kinds)}: {kinds.count(SLIDING)} sliding (window {config.sliding_window}), {kinds.count(FULL)} full"
@@ -62,6 +64,21 @@ def describe(directory: Path) -> Iterator[str]:
         )
         yield _line("    of a context", ", ".join(held))
     yield from _cards(config, stored)
+
+
+def _directory(directory: Path) -> tuple[ModelConfig, CheckpointInfo | None, str]:
+    config = ModelConfig.from_file(directory / "config.json")
+    stored = inspect(directory) if any(directory.glob("*.safetensors")) else None
+    return config, stored, _format(directory)
+
+
+def _gguf(path: Path) -> tuple[ModelConfig, CheckpointInfo, str]:
+    from dgemma.checkpoints.gguf_header import read_gguf_header  # needs numpy
+
+    header = read_gguf_header(path)
+    (most, count), *others = Counter(tensor.type for tensor in header.tensors.values()).most_common()
+    told = "".join(f", {type} {number}" for type, number in others)
+    return header.config, inspect_gguf(header), f"GGUF: {most} {count} tensors{told}"
 
 
 def _format(directory: Path) -> str:

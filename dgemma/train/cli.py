@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dgemma.evals import tasks
-from dgemma.flags import Device, Dtype, Model, UsageError, checked, config_flags, flags_of
+from dgemma.flags import Device, Dtype, Format, Model, UsageError, checked, config_flags, flags_of
 from dgemma.train.options import RECIPES, Recipe, TrainOptions
 
 SHIPPED = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
@@ -21,6 +21,7 @@ def train(
     data: Annotated[list[str] | None, typer.Option(help="JSONL file, or a task; may be given again")] = None,
     evaluate: Annotated[list[str] | None, typer.Option(help="task to measure on; may be given again")] = None,
     lora: Annotated[int | None, typer.Option(help="rank of an adapter; without it all weights are trained")] = None,
+    quantize: Annotated[Format | None, typer.Option(help="keep the weights beside an adapter in fewer bits")] = None,
     out: Annotated[Path, typer.Option(help="folder of the run; an earlier run in it is continued")] = Path(
         "runs/train"
     ),
@@ -36,7 +37,7 @@ def train(
     A line of the file is {"messages": [...]} as for the API, or {"prompt": "...", "response": "..."}. A flag overrides
     the recipe. The result lies in OUT/adapter or OUT/model; `dgemma run` takes either.
     """
-    plan = _plan(recipe, model, data, evaluate, lora, options)
+    plan = _plan(recipe, model, data, evaluate, lora, quantize, options)
     from dgemma.train.run import run
 
     result = run(plan, out, device, dtype, tensorboard, png)
@@ -76,6 +77,7 @@ def _plan(
     data: list[str] | None,
     evaluate: list[str] | None,
     lora: int | None,
+    quantize: str | None,
     options: dict[str, Any],
 ) -> Recipe:
     if recipe is None and (model is None or not data):
@@ -87,6 +89,8 @@ def _plan(
         changes["tasks"] = dict.fromkeys(data, 1.0)
     if evaluate:
         changes["evaluate"] = tuple(evaluate)
+    if quantize is not None:
+        changes["quantize"] = quantize
     try:
         plan = Recipe(**changes) if recipe is None else Recipe.from_toml(recipe).with_changes(**changes)
         if lora is not None:

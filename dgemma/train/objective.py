@@ -105,9 +105,10 @@ class Tape:
         view.stored = self.stored
         return view
 
-    def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> None:
+    def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         for i, pair in enumerate(zip(keys.unbind(), values.unbind(), strict=True)):
             self.stored[layer, span.row + i] = pair
+        return keys, values
 
     def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor] | None:
         if span.causal or span.past == 0:

@@ -64,7 +64,8 @@ class Recipe:
 
     model: what to start from; scratch: its config and tokenizer only, with random weights; config: fields of its
     config.json's text part to change, with `scratch`; tasks: weights of the sources of examples, each a task's name or
-    "NAME:LEVEL" or a JSONL file; evaluate: sources of held-out items; lora: its fields, None for all weights.
+    "NAME:LEVEL" or a JSONL file; evaluate: sources of held-out items; lora: its fields, None for all weights; quantize:
+    the format that the model's own weights are kept in beside a LoRA, as `dgemma.load` takes it.
     """
 
     model: str
@@ -73,6 +74,7 @@ class Recipe:
     scratch: bool = False
     config: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
+    quantize: str | None = None
     options: TrainOptions = TrainOptions()
 
     @classmethod

@@ -20,8 +20,10 @@ from dgemma.config import ModelConfig
 from dgemma.evals import conversations, tasks
 from dgemma.evals.measure import Checker, measure, summary
 from dgemma.language_model import LanguageModel, load
-from dgemma.model.lora import Lora, add_lora
+from dgemma.model.lora import Lora, add_lora, pairs
 from dgemma.model.network import DiffusionGemma
+from dgemma.quant.modules import matrices
+from dgemma.quant.quantize import Quantization
 from dgemma.text.chat import ChatTemplate
 from dgemma.text.tokenizer import Tokenizer
 from dgemma.train.log import RunLog
@@ -42,6 +44,9 @@ FREE_TO_CHANGE = {
 }
 """Options that a resumed run may have otherwise: they do not change what has been learnt so far."""
 EVAL_SEED = 1 << 20
+FROZEN = (
+    "quantised weights cannot train: with lora (--lora RANK, or [lora] in the recipe) an adapter trains beside them"
+)
 
 
 def run(
@@ -93,8 +98,13 @@ def _begin(recipe: Recipe, device: str, dtype: str) -> tuple[LanguageModel, tupl
     if not recipe.scratch:
         if recipe.config:
             raise ValueError("config changes the network's sizes, which needs scratch = true")
-        lm = load(recipe.model, device, dtype)
+        wish = None if recipe.quantize is None else Quantization(recipe.quantize)
+        if wish and recipe.lora is None:
+            raise ValueError(FROZEN)
+        lm = load(recipe.model, device, dtype, wish)
         return lm, folders_of(resolve(recipe.model))
+    if recipe.quantize is not None:
+        raise ValueError(f"quantize = {recipe.quantize!r} has no effect with scratch: its weights are made, not read")
     # What ships without weights, for being trained here, is not yet a model by name.
     shipped = embedded.HERE / recipe.model
     directory = shipped if (shipped / "config.json").exists() else resolve(recipe.model)
@@ -114,6 +124,10 @@ def _begin(recipe: Recipe, device: str, dtype: str) -> tuple[LanguageModel, tupl
 def _trainable(model: DiffusionGemma, recipe: Recipe) -> dict[str, nn.Parameter]:
     """The parameters that move, by name; all others are frozen."""
     model.requires_grad_(False)
+    if matrices(model) and recipe.lora is None:
+        raise ValueError(FROZEN)
+    if pairs(model):
+        raise ValueError(f"{recipe.model} is an adapter on quantised weights: `dgemma merge` it with plain ones first")
     if recipe.lora is not None:
         values = dict(recipe.lora)
         if "parts" in values:

@@ -1,6 +1,10 @@
 """GGUF files of llama.cpp's converter against the safetensors, config and tokenizer of the same weights."""
 
+import json
+import subprocess
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +14,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import dgemma
-from dgemma.checkpoints.gguf import GgufTensor, read_gguf
+from dgemma.checkpoints.gguf import read_gguf
+from dgemma.checkpoints.gguf_header import GgufTensor, own_name, read_gguf_header
+from dgemma.checkpoints.gguf_header import stored_name as name_in_file
+from dgemma.checkpoints.inspect import count_parameters, inspect_gguf
 from dgemma.checkpoints.names import stored_name
+from dgemma.checkpoints.verify_gguf import verify_gguf
+from dgemma.cli import app
 from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.model.network import DiffusionGemma
 from dgemma.quant.ggml import BLOCKS, decode
 from dgemma.quant.modules import matrices
+from dgemma.terminal.info import describe
 
 gguf = pytest.importorskip("gguf", reason="the gguf package writes the broken files, and is the oracle")
 
@@ -294,3 +305,101 @@ def test_loaded_whole(small: Path) -> None:
         plain.load_state_dict(state)
         expected = logits(replace(packed, model=plain.eval()))
         torch.testing.assert_close(logits(packed), expected, rtol=0, atol=1e-4 * float(expected.std()))
+
+
+def test_names_there_and_back(small: Path) -> None:
+    for name in read_gguf(small / "model-q8_0.gguf").tensors:
+        assert own_name(name_in_file(name)) == name
+    assert own_name("rope_freqs.weight") is own_name("blk.0.attn_qkv.weight") is None
+
+
+@pytest.mark.parametrize("name", ["bf16", "q8_0", "q4_k_m"])
+def test_info(small: Path, name: str) -> None:
+    path = small / f"model-{name}.gguf"
+    stored = gguf.GGUFReader(path).tensors
+    info = inspect_gguf(read_gguf_header(path))
+    sizes: Counter[str] = Counter()
+    for tensor in stored:
+        sizes[tensor.tensor_type.name] += int(tensor.n_bytes)
+    assert (info.tensors, info.bytes_by_dtype, info.shards) == (len(stored), dict(sizes), (path.name,))
+    assert info.elements == count_parameters(read_gguf(path).config)
+    experts = [tensor for tensor in stored if "_exps.weight" in tensor.name]
+    assert info.bytes_by_part["experts"] == sum(int(tensor.n_bytes) for tensor in experts)
+    assert sum(info.bytes_by_part.values()) == sum(sizes.values()) - 64 * 4  # rope_freqs
+    lines = list(describe(path))
+    [line] = [line for line in lines if line.startswith("format")]
+    counts = Counter(tensor.tensor_type.name for tensor in stored)
+    assert line.split("GGUF: ")[1].replace(" tensors", "").split(", ") == [f"{t} {n}" for t, n in counts.most_common()]
+    bits = 8 * info.bytes_by_part["experts"] / info.elements["experts"]
+    assert any(line.startswith("  experts") and line.endswith(f"{bits:.2f} bits a weight") for line in lines)
+
+
+def test_info_does_not_wait_for_torch(small: Path) -> None:
+    path = small / "model-q4_k_m.gguf"
+    code = f"import sys; from dgemma import cli; sys.argv[1:] = ['info', {str(path)!r}]\n"
+    code += "try: cli.main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "False\n")
+    assert done.stdout.splitlines() == list(describe(path))
+
+
+def wrong(path: Path) -> dict[str, str]:
+    return {finding.check: finding.detail for finding in verify_gguf(path) if finding.verdict == "wrong"}
+
+
+@pytest.mark.parametrize("name", ["bf16", "q8_0", "q4_k_m"])
+def test_a_whole_file_is_verified(small: Path, name: str) -> None:
+    path = small / f"model-{name}.gguf"
+    seen: list[tuple[int, int]] = []
+    findings = {f.check: f for f in verify_gguf(path, progress=lambda done, total: seen.append((done, total)))}
+    verdicts = {check: finding.verdict for check, finding in findings.items()}
+    assert verdicts.pop("chat template") == ("ok" if "tokenizer.chat_template" in read_gguf(path).keys else "skipped")
+    assert verdicts.pop("logits") == "skipped"
+    assert verdicts == dict.fromkeys(("config", "tensors", "values", "tokenizer"), "ok")
+    size = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
+    assert seen == sorted(seen)
+    assert seen[-1] == (size, size)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "at", "count"),
+    [
+        ("q4_k_m", "blk.2.ffn_gate_up_exps.weight", -144, "256 values are"),  # scale of the last expert's last block
+        ("q8_0", "token_embd.weight", 0, "32 values are"),
+        ("bf16", "blk.1.ffn_down_exps.weight", -2, "1 value is"),
+    ],
+)
+def test_values_that_are_not_finite_are_found(
+    small: Path, tmp_path: Path, name: str, tensor: str, at: int, count: str
+) -> None:
+    source = small / f"model-{name}.gguf"
+    [entry] = [each for each in gguf.GGUFReader(source).tensors if each.name == tensor]
+    content = bytearray(source.read_bytes())
+    begin = int(entry.data_offset) + (at if at >= 0 else int(entry.n_bytes) + at)
+    content[begin : begin + 2] = b"\xff\x7f"  # NaN as float16 and as bfloat16
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    assert wrong(path) == {"values": f"1 fault ({tensor}: {count} not finite)"}
+
+
+def test_faults_of_a_file_are_found(rewrite: Rewrite, small: Path, tmp_path: Path) -> None:
+    assert wrong(rewrite(rename={"output_norm.weight": "output.weight"})).keys() == {"tensors"}
+    assert "missing 1 tensor (output_norm.weight)" in wrong(tmp_path / "model.gguf")["tensors"]
+    assert "model is 'llama'" in wrong(rewrite(keys={"tokenizer.ggml.model": "llama"}))["tokenizer"]
+    assert "line 1" in wrong(rewrite(keys={"tokenizer.chat_template": "{% if %}"}))["chat template"]
+    said = wrong(rewrite(keys={"tokenizer.chat_template": "always the same"}))["chat template"]
+    assert said == "chat template: a user's message is not in what it renders"
+    path = tmp_path / "short.gguf"
+    path.write_bytes((small / "model-q4_k_m.gguf").read_bytes()[:2_000_000])
+    found = list(verify_gguf(path))
+    assert [(finding.check, finding.verdict) for finding in found] == [("config", "wrong")]
+    assert "cut short" in found[0].detail
+
+
+def test_verify_command(small: Path, rewrite: Rewrite) -> None:
+    done = CliRunner().invoke(app, ["verify", str(small / "model-q4_k_m.gguf")])
+    assert done.exit_code == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()[:4]] == ["ok"] * 4
+    done = CliRunner().invoke(app, ["verify", str(rewrite(tensors={"output_norm.weight": None})), "--json"])
+    assert done.exit_code == 1
+    assert {f["check"] for f in json.loads(done.stdout) if f["verdict"] == "wrong"} == {"tensors"}

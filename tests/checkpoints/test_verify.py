@@ -255,6 +255,14 @@ def test_the_released_tokenizer_and_templates(shared, tmp_path):
     assert findings["chat template"].detail == "the release's second version"
 
 
+def test_an_adapter_is_not_verified_alone(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model"}')
+    told = f"{tmp_path} is an adapter of some/model: verify that, or what `dgemma merge` makes of both"
+    assert list(verify(tmp_path)) == [Finding("config", "wrong", told)]
+    (tmp_path / "adapter_config.json").write_text("{")
+    assert "adapter_config.json" in wrong(tmp_path)["config"]
+
+
 def test_command(whole):
     directory = whole()
     done = CliRunner().invoke(app, ["verify", str(directory), "--no-logits"])
