@@ -61,9 +61,9 @@ def _parts(matrix: Packed, buffers: Mapping[str, Tensor], module: str) -> dict[s
                 "weight_shape": shape,
             }
         case W4A8():
-            scale = (buffers["unit"] * buffers["multiple"]).bfloat16()
+            codes, scale = W4A8.to_int4(**buffers)
             shape = torch.tensor([len(scale), matrix.shape[-1]])
-            return {"weight_packed": buffers["codes"].view(torch.int32), "weight_scale": scale, "weight_shape": shape}
+            return {"weight_packed": codes.view(torch.int32), "weight_scale": scale, "weight_shape": shape}
         case Nvfp4(divide=True):
             parts = {"weight_packed": buffers["codes"], "weight_scale": buffers["scale"].view(torch.float8_e4m3fn)}
             return parts | {"weight_global_scale": buffers["factor"].flatten()[:1]}

@@ -197,8 +197,8 @@ def packed(
     if scheme.kind == "int4":
         buffers["codes"] = buffers["codes"].view(torch.uint8)
         # Products in int8 need scales of one kind, as `dgemma quantize` makes them; others keep x as it is.
-        if scheme.activations and (factors := W4A8.factors(buffers["scale"])):
-            return W4A8(shape, dtype, codes=buffers["codes"], **factors)
+        if scheme.activations and (parts := W4A8.of_int4(**buffers)):
+            return W4A8(shape, dtype, **parts)
     options: Any = {"divide": scheme.divide} if scheme.kind == "nvfp4" else {}
     if scheme.kind == "int8":
         options = {"activations": scheme.activations}

@@ -43,7 +43,7 @@ class QuantExperts(Experts):
 
     def sorted(self, rows: Tensor, counts: Tensor) -> Tensor:
         if not fits(rows, self.gate_up_proj, self.down_proj):
-            return super().sorted(rows, counts)
+            return self.down_proj.grouped(gated(*self.gate_up_proj.grouped(rows, counts).chunk(2, dim=-1)), counts)
         offsets = F.pad(counts.cumsum(0), (1, 0))
         inner = gated(*grouped(self.gate_up_proj, rows, offsets).chunk(2, dim=-1))
         return grouped(self.down_proj, inner, offsets)

@@ -83,6 +83,11 @@ class Packed(nn.Module):
         parts = [linear(x, self.rows(at, slice(first, first + self.step))) for first in tiles]
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
+    def grouped(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x [N, in], sorted so that the first counts[0] rows meet the stack's first matrix and so on, [N, out]."""
+        parts = enumerate(x.split(counts.tolist()))
+        return torch.cat([self.product(rows, at) for at, rows in parts if len(rows)])
+
     def transposed(self, y: Tensor, at: int | None = None) -> Tensor:
         """y [n, out] W, [n, in]."""
         total = y.new_zeros(len(y), self.shape[-1])

@@ -171,19 +171,18 @@ def test_w4a8_is_int4_with_products_of_integers(group):
     """A weight is a unit times an int8, the file's scales are exact in bfloat16, x is rounded a row at a time."""
     weight = random(3, 48, 128) * torch.logspace(-2, 0, 128)
     stack = pack("w4a8", weight, group)
-    scale = stack.unit * stack.multiple
-    assert torch.equal(scale.bfloat16().float(), scale)
-    int4 = FORMATS["int4"](stack.shape, torch.float32, codes=stack.codes, scale=scale.bfloat16())
+    assert torch.equal((stack.units * stack.multiple).bfloat16().float(), stack.units * stack.multiple)
+    codes, scale = W4A8.to_int4(**dict(stack.named_buffers()))
+    int4 = FORMATS["int4"](stack.shape, torch.float32, codes=codes, scale=scale)
     assert torch.equal(stack.dense(), int4.dense())
-    again = W4A8(stack.shape, torch.float32, codes=stack.codes, **W4A8.factors(scale.bfloat16()))
-    assert torch.equal(again.multiple, stack.multiple)
-    assert torch.equal(again.unit, stack.unit)
-    integers = (stack.dense(1) / stack.unit[1]).round()
-    assert torch.equal(integers * stack.unit[1], stack.dense(1))
+    for name, part in W4A8.of_int4(codes, scale).items():
+        assert torch.equal(part, stack.get_buffer(name))
+    integers = (stack.dense(1) / stack.units[1]).round()
+    assert torch.equal(integers * stack.units[1], stack.dense(1))
     assert 8 < integers.abs().max() <= 120
     x = random(5, 128, seed=1)
     step = x.abs().amax(-1, keepdim=True) / 127
-    expected = ((x / step).round().double() @ integers.double().T) * step.double() * stack.unit[1].double().T
+    expected = ((x / step).round().double() @ integers.double().T) * step.double() * stack.units[1].double().T
     torch.testing.assert_close(stack.product(x, 1).double(), expected, rtol=1e-5, atol=1e-6)
     through = x.clone().requires_grad_()
     stack.product(through, 1).sum().backward()
@@ -198,7 +197,8 @@ def test_w4a8_costs_hardly_more_than_int4():
 
 
 def test_scales_of_other_makers_have_no_factors():
-    assert W4A8.factors(torch.rand(4, 16, generator=torch.Generator().manual_seed(0)).bfloat16() + 0.5) is None
+    scale = torch.rand(4, 16, generator=torch.Generator().manual_seed(0)).bfloat16() + 0.5
+    assert W4A8.of_int4(torch.zeros(4, 256, dtype=torch.uint8), scale) is None
 
 
 def test_parts_that_are_not_rows_of_the_matrix():

@@ -1,0 +1,186 @@
+"""Formats whose products are of int8 numbers: int8, and int4 with scales that allow it.
+
+Each row of x is rounded to int8 as well, and the processor's int8 dot products do the rest: twice the rate of bfloat16.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dgemma.quant.numbers import four_bits, quantise_rows, scale_of, scaled
+from dgemma.quant.packed import Packed
+
+ROWS = 2048
+"""Rows of scales that are looked at at once, in the processor's cache."""
+
+
+class Integers(Packed):
+    """Rows of int8 numbers, each row times a unit. activations: whether products round x too; they do so on a CPU."""
+
+    activations = True
+
+    def integers(self, at: int | None) -> Tensor:
+        """int8 [out, in], arranged, of the matrix or of one of the stack."""
+        raise NotImplementedError
+
+    def unit(self, at: int | None) -> Tensor:
+        """[out, 1]."""
+        raise NotImplementedError
+
+    def multiply(self, x: Tensor, at: int | None = None) -> Tensor:
+        if not self.activations or x.device.type != "cpu":
+            return super().multiply(x, at)
+        return self._multiply(*quantise_rows(self.arrange(x)), at).to(x.dtype)
+
+    def grouped(self, x: Tensor, counts: Tensor) -> Tensor:
+        learning = torch.is_grad_enabled() and x.requires_grad
+        if not self.activations or x.device.type != "cpu" or learning:
+            return super().grouped(x, counts)
+        sizes = counts.tolist()
+        rounded, own = quantise_rows(self.arrange(x))
+        y = x.new_empty(len(x), self.shape[-2])
+        parts = zip(rounded.split(sizes), own.split(sizes), y.split(sizes), strict=True)
+        for expert, (rows, scale, out) in enumerate(parts):
+            if len(rows):
+                out.copy_(self._multiply(rows, scale, expert))
+        return y
+
+    def _multiply(self, rounded: Tensor, own: Tensor, at: int | None) -> Tensor:
+        """float32 [n, out] of int8 [n, in] and its rows' scales."""
+        return torch._int_mm(rounded, self.integers(at).t()).float().mul_(own).mul_(self.unit(at).t())
+
+
+class Int8(Integers):
+    """int8 codes, a scale for each row."""
+
+    kind = "int8"
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, activations: bool = False, **parts: Tensor):
+        super().__init__(shape, dtype, **parts)
+        self.activations = activations
+
+    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        return scaled(codes.float(), scale.float(), self.dtype)
+
+    def integers(self, at: int | None) -> Tensor:
+        codes = self.get_buffer("codes")
+        return codes if at is None else codes[at]
+
+    def unit(self, at: int | None) -> Tensor:
+        scale = self.get_buffer("scale")
+        return scale if at is None else scale[at]
+
+    @classmethod
+    def encode(cls, weight: Tensor, group: int) -> dict[str, Tensor]:
+        scale = scale_of(weight.abs().amax(-1, keepdim=True) / 127)
+        return {"codes": (weight / scale.float()).round_().clamp_(-127, 127).to(torch.int8), "scale": scale}
+
+
+class Pairs(Packed):
+    """Two 4-bit codes a byte, the even column's in the low nibble.
+
+    Decoding gives all even columns and then all odd ones: nibbles that stay apart are a pass over bytes, and putting
+    them side by side would take ten times as long. The activations are arranged instead.
+    """
+
+    def arrange(self, x: Tensor) -> Tensor:
+        return torch.cat((x[..., 0::2], x[..., 1::2]), -1)
+
+    def restore(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
+class W4A8(Pairs, Integers):
+    """Int4 whose scales are a row's unit times 1 to 15, so that a weight is an int8 times the unit.
+
+    In a file it is int4 by groups, which any reader reads: unit * multiple is exact in bfloat16. In memory the bytes of
+    a row are sorted by their place in the group, so that all groups are multiplied side by side. Parts: codes uint8
+    [out, in / 2], multiple uint8 [out, in / group], unit float32 [out, 1].
+    """
+
+    kind = "w4a8"
+
+    def arrange(self, x: Tensor) -> Tensor:
+        groups = self.get_buffer("multiple").shape[-1]
+        return x.unflatten(-1, (groups, -1, 2)).movedim((-1, -2, -3), (-3, -2, -1)).flatten(-3)
+
+    def restore(self, x: Tensor) -> Tensor:
+        groups = self.get_buffer("multiple").shape[-1]
+        return x.unflatten(-1, (2, -1, groups)).movedim((-3, -2, -1), (-1, -2, -3)).flatten(-3)
+
+    def decode(self, codes: Tensor, multiple: Tensor, unit: Tensor) -> Tensor:  # type: ignore[override]
+        return scaled(_integers(codes, multiple).float(), unit, self.dtype)
+
+    def integers(self, at: int | None) -> Tensor:
+        codes, multiple = self.get_buffer("codes"), self.get_buffer("multiple")
+        return _integers(codes, multiple) if at is None else _integers(codes[at], multiple[at])
+
+    def unit(self, at: int | None) -> Tensor:
+        unit = self.get_buffer("units")
+        return unit if at is None else unit[at]
+
+    @classmethod
+    def of_int4(cls, codes: Tensor, scale: Tensor) -> dict[str, Tensor] | None:
+        """The parts, of those of `Int4`; None if the scales of a row are not 1 to 15 times a number."""
+        unit = torch.cat([_row_unit(part.float()) for part in scale.view(-1, scale.shape[-1]).split(ROWS)])
+        if not unit.all():
+            return None
+        unit = unit.view(*scale.shape[:-1], 1)
+        multiple = (scale / unit).round_().to(torch.uint8)
+        return {"codes": _turned(codes, scale.shape[-1]), "multiple": multiple, "units": unit}
+
+    @classmethod
+    def to_int4(cls, codes: Tensor, multiple: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and bfloat16 scales as `Int4` has them."""
+        groups = multiple.shape[-1]
+        return _turned(codes, codes.shape[-1] // groups), (units * multiple).bfloat16()
+
+    @classmethod
+    def encode(cls, weight: Tensor, group: int) -> dict[str, Tensor]:
+        """Of a few multiples, each group takes the one with the least squared error."""
+        grouped = weight.float().unflatten(-1, (-1, group))
+        top = grouped.abs().amax(-1, keepdim=True)
+        unit = _few_bits(scale_of(top.amax(-2, keepdim=True) / (7.0 * 15)).float())
+        best, chosen = torch.full_like(top, torch.inf), torch.ones_like(top)
+        for steps in (8.0, 7.5, 7.0, 6.5, 6.0):
+            multiple = (top / (steps * unit)).round_().clamp_(1, 15)
+            scale = multiple * unit
+            error = four_bits(grouped, scale).mul_(scale).sub_(grouped).square_().sum(-1, keepdim=True)
+            chosen, best = torch.where(error < best, multiple, chosen), error.minimum(best)
+        scale = chosen * unit
+        codes = (four_bits(grouped, scale) + 8).to(torch.uint8).flatten(-2)
+        parts = cls.of_int4(codes[..., 0::2] | codes[..., 1::2] << 4, scale.squeeze(-1))
+        assert parts is not None
+        return parts
+
+
+def _integers(codes: Tensor, multiple: Tensor) -> Tensor:
+    """int8 [n, in], arranged."""
+    out = torch.empty(*codes.shape[:-1], 2, codes.shape[-1], dtype=torch.uint8, device=codes.device)
+    torch.bitwise_and(codes, 15, out=out[..., 0, :])
+    torch.bitwise_right_shift(codes, 4, out=out[..., 1, :])
+    values = out.view(torch.int8).sub_(8).unflatten(-1, (-1, multiple.shape[-1]))
+    return values.mul_(multiple.view(torch.int8)[..., None, None, :]).flatten(-3)
+
+
+def _turned(codes: Tensor, first: int) -> Tensor:
+    """Bytes [..., n] that lie as [first, n / first], as [n / first, first]."""
+    return codes.unflatten(-1, (first, -1)).transpose(-1, -2).flatten(-2)
+
+
+def _row_unit(scale: Tensor) -> Tensor:
+    """float32 [n, 1]: the largest number of which a row of scales [n, groups] are 1 to 15; 0 where there is none."""
+    top = scale.amax(-1, keepdim=True)
+    unit = torch.zeros_like(top)
+    for count in range(15, 0, -1):
+        tried = top / count
+        whole = ((scale / tried).round_().mul_(tried) == scale).all(-1, keepdim=True)
+        unit = torch.where(whole, tried, unit)
+    return unit
+
+
+def _few_bits(unit: Tensor) -> Tensor:
+    """The next number up with four significant bits: times 15 it is a bfloat16 still."""
+    fraction, exponent = torch.frexp(unit)
+    return torch.ldexp((fraction * 16).ceil_(), exponent - 4)
