@@ -31,16 +31,17 @@ class Integers(Packed):
     def multiply(self, x: Tensor, at: int | None = None) -> Tensor:
         if not self.activations or x.device.type != "cpu":
             return super().multiply(x, at)
-        return self._multiply(*quantise_rows(self.arrange(x)), at).to(x.dtype)
+        rounded, own = quantise_rows(x)
+        return self._multiply(self.arrange(rounded), own, at).to(x.dtype)
 
     def grouped(self, x: Tensor, counts: Tensor) -> Tensor:
         learning = torch.is_grad_enabled() and x.requires_grad
         if not self.activations or x.device.type != "cpu" or learning:
             return super().grouped(x, counts)
         sizes = counts.tolist()
-        rounded, own = quantise_rows(self.arrange(x))
+        rounded, own = quantise_rows(x)
         y = x.new_empty(len(x), self.shape[-2])
-        parts = zip(rounded.split(sizes), own.split(sizes), y.split(sizes), strict=True)
+        parts = zip(self.arrange(rounded).split(sizes), own.split(sizes), y.split(sizes), strict=True)
         for expert, (rows, scale, out) in enumerate(parts):
             if len(rows):
                 out.copy_(self._multiply(rows, scale, expert))
@@ -91,23 +92,27 @@ class Pairs(Packed):
         return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
-class W4A8(Pairs, Integers):
+class W4A8(Integers):
     """Int4 whose scales are a row's unit times 1 to 15, so that a weight is an int8 times the unit.
 
-    In a file it is int4 by groups, which any reader reads: unit * multiple is exact in bfloat16. In memory the bytes of
-    a row are sorted by their place in the group, so that all groups are multiplied side by side. Parts: codes uint8
-    [out, in / 2], multiple uint8 [out, in / group], unit float32 [out, 1].
+    In a file it is int4 by groups, which any reader reads: unit * multiple is exact in bfloat16. In memory a byte holds
+    columns 8 apart, so that eight codes are a word, and the first words of all groups lie before the second ones: what
+    multiplies them is then a copy of words too. Parts: codes uint8 [out, in / 2], multiple uint8 [out, in / group],
+    units float32 [out, 1].
     """
 
     kind = "w4a8"
 
     def arrange(self, x: Tensor) -> Tensor:
         groups = self.get_buffer("multiple").shape[-1]
-        return x.unflatten(-1, (groups, -1, 2)).movedim((-1, -2, -3), (-3, -2, -1)).flatten(-3)
+        if x.dtype == torch.int8:
+            words = x.contiguous().view(torch.int64).unflatten(-1, (groups, -1, 2))
+            return words.movedim((-1, -3), (-3, -1)).flatten(-3).view(torch.int8)
+        return x.unflatten(-1, (groups, -1, 2, 8)).movedim((-2, -4), (-4, -2)).flatten(-4)
 
     def restore(self, x: Tensor) -> Tensor:
         groups = self.get_buffer("multiple").shape[-1]
-        return x.unflatten(-1, (2, -1, groups)).movedim((-3, -2, -1), (-1, -2, -3)).flatten(-3)
+        return x.unflatten(-1, (2, -1, groups, 8)).movedim((-4, -2), (-2, -4)).flatten(-4)
 
     def decode(self, codes: Tensor, multiple: Tensor, unit: Tensor) -> Tensor:  # type: ignore[override]
         return scaled(_integers(codes, multiple).float(), unit, self.dtype)
@@ -128,13 +133,12 @@ class W4A8(Pairs, Integers):
             return None
         unit = unit.view(*scale.shape[:-1], 1)
         multiple = (scale / unit).round_().to(torch.uint8)
-        return {"codes": _turned(codes, scale.shape[-1]), "multiple": multiple, "units": unit}
+        return {"codes": _to_words(codes, scale.shape[-1]), "multiple": multiple, "units": unit}
 
     @classmethod
     def to_int4(cls, codes: Tensor, multiple: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and bfloat16 scales as `Int4` has them."""
-        groups = multiple.shape[-1]
-        return _turned(codes, codes.shape[-1] // groups), (units * multiple).bfloat16()
+        return _from_words(codes, multiple.shape[-1]), (units * multiple).bfloat16()
 
     @classmethod
     def encode(cls, weight: Tensor, group: int) -> dict[str, Tensor]:
@@ -160,13 +164,23 @@ def _integers(codes: Tensor, multiple: Tensor) -> Tensor:
     out = torch.empty(*codes.shape[:-1], 2, codes.shape[-1], dtype=torch.uint8, device=codes.device)
     torch.bitwise_and(codes, 15, out=out[..., 0, :])
     torch.bitwise_right_shift(codes, 4, out=out[..., 1, :])
-    values = out.view(torch.int8).sub_(8).unflatten(-1, (-1, multiple.shape[-1]))
-    return values.mul_(multiple.view(torch.int8)[..., None, None, :]).flatten(-3)
+    # A multiple eight times over is a word, and a group has as many words as it has sixteens of columns.
+    word = multiple.long().mul_(0x0101010101010101)
+    spread = torch.cat([word] * (codes.shape[-1] // (8 * word.shape[-1])), -1).view(torch.int8)
+    return out.view(torch.int8).sub_(8).mul_(spread[..., None, :]).flatten(-2)
 
 
-def _turned(codes: Tensor, first: int) -> Tensor:
-    """Bytes [..., n] that lie as [first, n / first], as [n / first, first]."""
-    return codes.unflatten(-1, (first, -1)).transpose(-1, -2).flatten(-2)
+def _to_words(codes: Tensor, groups: int) -> Tensor:
+    """Bytes of columns side by side [..., n] as W4A8 has them."""
+    columns = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).unflatten(-1, (groups, -1, 2, 8))
+    return (columns[..., 0, :] | columns[..., 1, :] << 4).transpose(-2, -3).flatten(-3)
+
+
+def _from_words(codes: Tensor, groups: int) -> Tensor:
+    """Undoes `_to_words`."""
+    words = codes.unflatten(-1, (-1, groups, 8)).transpose(-2, -3)
+    columns = torch.stack((words & 15, words >> 4), -2).flatten(-4)
+    return columns[..., 0::2] | columns[..., 1::2] << 4
 
 
 def _row_unit(scale: Tensor) -> Tensor:
