@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dgemma.kernels.numbers import E4M3_UNIT, e4m3
+
 SMALLEST = torch.finfo(torch.bfloat16).tiny
 """A scale for vectors of zeros to be divided by."""
 
@@ -44,7 +46,9 @@ class PageFormat:
         if self.codes is None:
             return stored
         codes, scale = stored.split((stored.shape[-1] - self.scale_bytes, self.scale_bytes), dim=-1)
-        return codes.view(self.codes).to(dtype).mul_(scale.view(torch.bfloat16).to(dtype))
+        # Both products are exact in float32 but for the last rounding, to the model's dtype.
+        values = codes.float() if self.codes == torch.int8 else e4m3(codes).mul_(E4M3_UNIT)
+        return values.mul_(scale.view(torch.bfloat16).float()).to(dtype)
 
 
 PLAIN = PageFormat()

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dgemma.kernels.numbers import E2M1_UNIT, E4M3_UNIT, e2m1, e4m3, four_bits, halves, scale_of, scaled
 from dgemma.quant.integers import W4A8, Int8, Pairs
-from dgemma.quant.numbers import E2M1_UNIT, E4M3_UNIT, e2m1, e4m3, four_bits, halves, scale_of, scaled
 from dgemma.quant.packed import Packed
 
 GROUP = 16

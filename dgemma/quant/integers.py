@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dgemma.quant.numbers import four_bits, quantise_rows, scale_of, scaled
+from dgemma.kernels.numbers import four_bits, quantise_rows, scale_of, scaled
 from dgemma.quant.packed import Packed
 
 ROWS = 2048
