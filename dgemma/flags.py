@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ALIASES = {"max_new_tokens": ("-n",), "max_denoising_steps": ("--steps",)}
 
-Model = Annotated[str, typer.Argument(help="embedded name, directory or hub id")]
+Model = Annotated[str, typer.Argument(help="embedded name, directory, GGUF file or hub id")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: the file's own")]
 

@@ -1,4 +1,4 @@
-"""A model directory's tensors into the network."""
+"""The tensors of a model directory, or of a GGUF file, into the network."""
 
 from collections import Counter
 from pathlib import Path
@@ -28,7 +28,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     quantize: str | Quantization | None = None,
 ) -> DiffusionGemma:
-    """The network of a directory or a GGUF file, in eval mode, all of it in one dtype but what is quantised.
+    """The network of a directory, in eval mode, all of it in one dtype but what is quantised.
 
     device: "auto" is cuda where there is one, else cpu. dtype: "auto" is what most of the file's floating bytes are in.
     What the file holds quantised stays so (`dgemma.quant`). quantize: what to quantise of a file that is not, one

@@ -65,11 +65,9 @@ def pieces_of(
             continue
         module, _, part = released.rpartition(".")
         place = _place(module, shapes) if part in PARTS else None
-        if place is None and _KV.fullmatch(released):
-            continue
-        if place is None:
+        if place is None and not _KV.fullmatch(released):
             unexpected.append(name)
-        elif part not in UNUSED:
+        elif place and part not in UNUSED:
             target, expert, first, last = place
             piece = found.setdefault(module, Piece(target, module, expert, first, last, {}))
             if name == released or part not in piece.parts:  # other tools also write the twins of tied tensors
@@ -197,7 +195,7 @@ def packed(
     if scheme.kind == "int4":
         buffers["codes"] = buffers["codes"].view(torch.uint8)
         # Products in int8 need scales of one kind, as `dgemma quantize` makes them; others keep x as it is.
-        if scheme.activations and (parts := W4A8.of_int4(**buffers)):
+        if scheme.activations and scheme.group % 16 == 0 and (parts := W4A8.of_int4(**buffers)):
             return W4A8(shape, dtype, **parts)
     options: Any = {"divide": scheme.divide} if scheme.kind == "nvfp4" else {}
     if scheme.kind == "int8":
@@ -258,9 +256,9 @@ def _columns(scheme: Scheme, buffer: str, columns: int) -> int:
         case _, "factor":
             return 1
         case _, "scale":
-            return -(-columns // scheme.group) if scheme.group else 1
+            return columns // scheme.group if scheme.group else 1
         case "int4", _:
-            return -(-columns // 8)  # to an int32
+            return columns // 8  # to an int32
         case "nvfp4", _:
             return columns // 2
     return columns

@@ -124,6 +124,7 @@ def evaluate_spans(
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
+    kv_cache: KVCache = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     *,
     config: dict[str, Any],
@@ -141,7 +142,7 @@ def evaluate_spans(
     with _progress() as progress:
         bar = progress.add_task("spans", total=None)
         items = [i for level in wanted for i in tasks.items(chosen, count, seed, held_out=True, level=level)]
-        lm = load_checked(model, directory, device, dtype, quantize)
+        lm = load_checked(model, directory, device, dtype, quantize, kv_cache)
         progress.update(bar, total=len(items))
         results = measure_spans(lm, items, seed, lambda done: progress.update(bar, completed=done), **config)
     rows = summary(results)

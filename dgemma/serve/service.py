@@ -11,6 +11,7 @@ from dgemma import config
 from dgemma.engine.engine import Engine
 from dgemma.engine.scheduler import Limits
 from dgemma.language_model import LanguageModel
+from dgemma.quant.modules import matrices
 from dgemma.serve.accounting import InWork
 from dgemma.serve.errors import ApiError, closing
 from dgemma.serve.metrics import Metrics
@@ -41,7 +42,8 @@ class Service:
         """Begins to serve a model; any thread may call it."""
         engine = Engine(lm.model, self.limits)
         self.metrics.watch(engine.scheduler)
-        described = f"{version('dgemma')} {self.name} {lm.model.dtype} {lm.model.device}"
+        model, formats = lm.model, sorted({matrix.kind for matrix in matrices(lm.model).values()})
+        described = f"{version('dgemma')} {self.name} {model.dtype} {model.device} {formats} {model.page_format}"
         self.fingerprint = f"fp_{blake2b(described.encode(), digest_size=6).hexdigest()}"
         if self._trace:
             self.recorder = Recorder(self._trace, self.name, lm)

@@ -19,7 +19,8 @@ from dgemma.checkpoints.layouts import Scheme, read_layout
 from dgemma.checkpoints.source import GGUF
 from dgemma.config import FULL, SLIDING, ModelConfig, read_json
 
-ITEMSIZES = {"float32": 4, "bfloat16": 2}
+CACHES = {"float32": (4, 0), "bfloat16": (2, 0), "8 bits": (1, 2)}
+"""Bytes of an element of a key or value, and of its scale."""
 CONTEXTS = (1, 8, 32, 256)
 """In units of 1024 tokens."""
 CARDS = (16, 24, 32, 48, 80, 141)
@@ -53,12 +54,12 @@ def describe(path: Path) -> Iterator[str]:
     else:
         yield _line("file", "the weights are not on this machine")
     yield "memory of the cache, a conversation"
-    for dtype, size in ITEMSIZES.items():
-        a_token = config.cache_bytes_per_token(size)
+    for name, size in CACHES.items():
+        a_token = config.cache_bytes_per_token(*size)
         sizes = f"{_size(a_token[FULL])} full, {_size(a_token[SLIDING])} sliding"
-        yield _line(f"  in {dtype}, a token", sizes)
+        yield _line(f"  in {name}, a token", sizes)
         held = (
-            f"{_size(config.cache_bytes(1024 * k, size))} at {k}K"
+            f"{_size(config.cache_bytes(1024 * k, *size))} at {k}K"
             for k in CONTEXTS
             if 1024 * k <= config.max_position_embeddings
         )
