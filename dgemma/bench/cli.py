@@ -4,12 +4,13 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar, get_args
 
 import typer
 
 from dgemma.bench import constrain as constraining
 from dgemma.bench import decode as decoding
+from dgemma.bench import experts as mixing
 from dgemma.bench import full as filling
 from dgemma.bench import serve as serving
 from dgemma.bench import train as training
@@ -31,7 +32,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Tuned = Annotated[bool, typer.Option("--tuned", help="also transformers with a tuned malloc")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
-Result = TypeVar("Result", decoding.Result, training.Result, serving.Result, constraining.Result, filling.Result)
+Result = TypeVar(
+    "Result", decoding.Result, training.Result, serving.Result, constraining.Result, filling.Result, mixing.Result
+)
 
 
 @app.command()
@@ -99,6 +102,21 @@ def serve(
 
 
 @app.command()
+def experts(
+    shape: Shape = "26b",
+    count: Annotated[int | None, typer.Option("--experts", help="so many, and as much less of a canvas")] = None,
+    formats: Annotated[str, typer.Option(help="with commas")] = ",".join(get_args(Format)),
+    repeats: Repeats = 9,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time one layer's experts for a canvas in each format, beside bfloat16."""
+    chosen = [format for format in formats.split(",") if format]
+    run = lambda: mixing.run(shape, count, chosen, repeats, threads, progress=_tell)  # noqa: E731
+    _report(run, show_experts, as_json)
+
+
+@app.command()
 def full(
     shape: Shape = "26b",
     format: Annotated[Format, typer.Option(help="what the weights are quantised to")] = "w4a8",
@@ -147,6 +165,16 @@ def show(result: decoding.Result) -> None:
         console.print(f"trajectories equal: {'yes' if result.trajectories_equal else 'no'}")
 
 
+def show_experts(result: mixing.Result) -> None:
+    """A line for each format."""
+    told = f"{result.shape}, {result.experts} experts, {result.rows:.0f} rows each, {result.threads} threads"
+    print(f"experts: {told}, {result.repeats} repeats")
+    for name, seconds in result.seconds.items():
+        ratio = f"{_spread(result.ratios[name])} times as fast as bf16" if name in result.ratios else ""
+        print(f"{name:<8}{_spread(seconds, 1e3):<28} ms   {ratio}".rstrip())
+    print(_measured_on(result.machine, result.versions))
+
+
 def show_full(result: filling.Result) -> None:
     """One figure a line."""
     gib = float(1 << 30)
@@ -161,7 +189,7 @@ def show_full(result: filling.Result) -> None:
     }
     print(f"full: {result.shape}, {result.format}, {result.threads} threads")
     print("\n".join(f"{name:<34}{value}" for name, value in lines.items()))
-    print(_measured_on(result))
+    print(_measured_on(result.machine, result.versions))
 
 
 def show_training(result: training.Result) -> None:
@@ -207,7 +235,7 @@ def show_serving(result: serving.Result) -> None:
     if shared := result.shared_prefix:
         cold, warm = _spread(shared.cold, 1e3), _spread(shared.warm, 1e3)
         console.print(f"first block behind a prefix of {shared.tokens} tokens, ms: new {cold}, known {warm}")
-    console.print(_measured_on(result))
+    console.print(_measured_on(result.machine, result.versions))
 
 
 def show_constraint(result: constraining.Result) -> None:
@@ -222,7 +250,7 @@ def show_constraint(result: constraining.Result) -> None:
     print(f", known {result.warm:.4f}")
     print(f"step, ms: free {_spread(result.free, 1e3)}, bound {_spread(result.bound, 1e3)}")
     print(f"bound over free: {_spread(result.ratio)}")
-    print(_measured_on(result))
+    print(_measured_on(result.machine, result.versions))
 
 
 def _tell(line: str) -> None:
@@ -263,15 +291,12 @@ def _finish(table: "Table", result: decoding.Result | training.Result) -> "Conso
         table.add_row("step, times dgemma's", "1", *ratios)
     console = Console()
     console.print(table)
-    console.print(_measured_on(result))
+    console.print(_measured_on(result.machine, result.versions))
     return console
 
 
-def _measured_on(
-    result: decoding.Result | training.Result | serving.Result | constraining.Result | filling.Result,
-) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
-    return f"{result.machine}; {versions}"
+def _measured_on(machine: str, versions: dict[str, str]) -> str:
+    return f"{machine}; {', '.join(f'{name} {version}' for name, version in versions.items())}"
 
 
 def _spread(value: Spread, scale: float = 1) -> str:

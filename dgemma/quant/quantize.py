@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dgemma.quant.formats import FORMATS, W4A8, Int4, Int8
 from dgemma.quant.packed import Packed
 
@@ -44,6 +47,19 @@ class Quantization:
     def options(self, name: str) -> dict[str, Any]:
         """What the format is made with besides its parts: int8 rounds the activations of all but the embeddings."""
         return {"activations": name != EMBEDDING} if self.of(name) is Int8 else {}
+
+    def pack(self, name: str, weight: Tensor) -> Packed:
+        """A weight [out, in], or a stack of them matrix by matrix, in its format and its own dtype."""
+        kind = self.of(name)
+        if kind is None:
+            raise ValueError(f"{name} is not quantised to {self.format}")
+        self.check(name, weight.shape[-1])
+        matrices = weight if weight.dim() == 3 else weight[None]
+        parts = [kind.encode(matrix, self.group) for matrix in matrices]
+        buffers = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
+        if weight.dim() == 2:
+            buffers = {key: buffer[0] for key, buffer in buffers.items()}
+        return kind(tuple(weight.shape), weight.dtype, **self.options(name), **buffers)
 
     def check(self, name: str, columns: int) -> None:
         kind = self.of(name)

@@ -1,11 +1,11 @@
-"""`dgemma bench full` end to end on the small shape."""
+"""`dgemma bench full` and `dgemma bench experts` end to end on the small shape."""
 
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from dgemma.bench import full
+from dgemma.bench import experts, full
 from dgemma.bench.cli import app
 from dgemma.checkpoints.load import load_model
 from dgemma.quant.modules import matrices
@@ -34,3 +34,15 @@ def test_report_and_wrong_calls() -> None:
         full.run("huge")
     with pytest.raises(ValueError, match="steps must be at least 1"):
         full.run("small", steps=0)
+
+
+def test_experts_in_every_format() -> None:
+    result = experts.run("small", formats=("int8", "w4a8"), repeats=2, threads=1)
+    assert list(result.seconds) == ["bf16", "int8", "w4a8"]
+    assert list(result.ratios) == ["int8", "w4a8"]
+    assert result.rows == 32 * 2 / 4
+    told = CliRunner().invoke(app, ["experts", "--shape", "small", "--formats", "fp8", "--repeats", "1"])
+    assert told.exit_code == 0, told.output
+    assert "times as fast as bf16" in told.output
+    with pytest.raises(ValueError, match="experts must be 2 to 4, not 9"):
+        experts.run("small", experts=9)
