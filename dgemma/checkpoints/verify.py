@@ -20,7 +20,7 @@ from dgemma.checkpoints.release import GOLDEN, TEMPLATES, TOKENIZER, Golden, is_
 from dgemma.checkpoints.source import ADAPTER
 from dgemma.config import GenerationConfig, ModelConfig, read_json
 from dgemma.model.network import DiffusionGemma
-from dgemma.quant.formats import Float8, Nvfp4
+from dgemma.quant.formats import W4A8, Float8, Nvfp4
 from dgemma.quant.modules import matrices
 from dgemma.quant.packed import Packed
 from dgemma.text.chat import ChatTemplate
@@ -199,7 +199,7 @@ def _wrong_buffers(matrix: Packed) -> Iterator[str]:
     buffers = dict(matrix.named_buffers())
     if isinstance(matrix, Float8) and (count := _nan_codes(buffers["codes"])):
         yield f"{count} float8 codes are NaN"
-    scale = buffers["scale"]
+    scale = buffers["units" if isinstance(matrix, W4A8) else "scale"]
     if isinstance(matrix, Nvfp4):
         if count := _nan_codes(scale):
             yield f"{count} float8 scales are NaN"

@@ -50,6 +50,8 @@ CASES = [
     Case("int4", dict.fromkeys(BY_ROWS, 4.5)),
     Case("int4", dict.fromkeys(BY_ROWS, 4.25), group=64),
     Case("int4", dict.fromkeys(BY_ROWS, 4.5), embeddings=True),
+    Case("w4a8", {columns: 4.25 + 32 / columns for columns in BY_ROWS}),
+    Case("w4a8", {columns: 4.125 + 32 / columns for columns in BY_ROWS}, group=64, embeddings=True),
     Case("nvfp4", dict.fromkeys(BY_ROWS, 4.5)),
     Case("nvfp4", dict.fromkeys(BY_ROWS, 4.5), embeddings=True),
 ]

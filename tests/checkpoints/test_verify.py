@@ -59,7 +59,7 @@ def fill(name: str, value: float) -> Callable[[dict[str, Tensor]], object]:
     return lambda tensors: tensors[name].view(-1)[:2].fill_(value)
 
 
-@pytest.mark.parametrize("quantize", [None, "fp8", "int8", "int4", "nvfp4"])
+@pytest.mark.parametrize("quantize", [None, "fp8", "int8", "int4", "w4a8", "nvfp4"])
 def test_a_whole_model(whole, quantize):
     directory = whole(quantize)
     seen = []
