@@ -262,7 +262,7 @@ def merge(
 @app.command()
 def quantize(
     model: Model,
-    format: Annotated[Format, typer.Option(help="of attention, dense MLPs and experts")],
+    format: Annotated[Format, typer.Option(help="of the experts; beside 4 bits, attention and dense MLPs get 8")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the directory to write")],
     group: Annotated[Literal["32", "64", "128"], typer.Option(help="columns that share a scale of int4")] = "32",
     embeddings: Annotated[bool, typer.Option("--embeddings", help="the token embeddings too, in int8")] = False,

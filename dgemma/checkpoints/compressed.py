@@ -72,14 +72,23 @@ def _parts(matrix: Packed, buffers: Mapping[str, Tensor], module: str) -> dict[s
 
 def quantization_config(model: DiffusionGemma) -> dict[str, Any]:
     """What config.json says of a network's quantised matrices. ValueError if they do not fit a config."""
-    groups: list[dict[str, Any]] = []
+    schemes: list[dict[str, Any]] = []
+    targets: list[list[str]] = []
     for name, matrix in matrices(model).items():
-        group = _group(matrix, ["re:.*embed_tokens"] if name == EMBEDDING else ["Linear"])
-        if matrix.kind != "dense" and group not in groups:
-            groups.append(group)
-    if sum(group["targets"] == ["Linear"] for group in groups) > 1:
-        told = ", ".join(f"{group['format']} of {group['weights']}" for group in groups)
-        raise ValueError(f"a model that is quantised in several ways has no layout that can be written: {told}")
+        if matrix.kind == "dense":
+            continue
+        scheme = _scheme(matrix)
+        if scheme not in schemes:
+            schemes.append(scheme)
+            targets.append([])
+        of_scheme = targets[schemes.index(scheme)]
+        of_scheme += [target for target in _targets(name) if target not in of_scheme]
+    told = [target for of_scheme in targets for target in of_scheme]
+    if len(set(told)) < len(told):
+        raise ValueError(f"experts, or other layers, in several formats have no layout that can be written: {schemes}")
+    if len(schemes) == 1 and EMBEDDING not in matrices(model):
+        targets = [["Linear"]]
+    groups = [{"targets": found, **scheme} for found, scheme in zip(targets, schemes, strict=True)]
     return {
         "quant_method": "compressed-tensors",
         "format": groups[0]["format"] if len(groups) == 1 else "mixed-precision",
@@ -90,7 +99,16 @@ def quantization_config(model: DiffusionGemma) -> dict[str, Any]:
     }
 
 
-def _group(matrix: Packed, targets: list[str]) -> dict[str, Any]:
+def _targets(name: str) -> list[str]:
+    """Patterns of released module names that reach a matrix, and those of its kind in other layers."""
+    if name == EMBEDDING:
+        return [r"re:.*\.embed_tokens$"]
+    if ".experts." in name:
+        return [r"re:.*\.experts\.\d+\.(gate|up|down)_proj$"]
+    return [r"re:.*\.self_attn\.[qkvo]_proj$" if ".self_attn." in name else r"re:.*\.mlp\.(gate|up|down)_proj$"]
+
+
+def _scheme(matrix: Packed) -> dict[str, Any]:
     weights: dict[str, Any] = {"symmetric": True, "dynamic": False}
     inputs: dict[str, Any] | None = None
     each_token = {"symmetric": True, "dynamic": True, "strategy": "token", "num_bits": 8}
@@ -108,8 +126,7 @@ def _group(matrix: Packed, targets: list[str]) -> dict[str, Any]:
             weights |= {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group}
         case Nvfp4():
             weights |= {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": GROUP}
-    stored = FORMATS.get(matrix.kind)
-    return {"targets": targets, "weights": weights, "input_activations": inputs, "format": stored}
+    return {"weights": weights, "input_activations": inputs, "format": FORMATS.get(matrix.kind)}
 
 
 def _untouched(model: DiffusionGemma) -> list[str]:

@@ -127,18 +127,21 @@ def large_matrices(config: ModelConfig) -> dict[str, list[tuple[int, int]]]:
 
 
 def formats_of(config: ModelConfig) -> list[str]:
-    """Those of GROUPS whose groups divide the columns of all large matrices."""
-    columns = {columns for shapes in large_matrices(config).values() for _, columns in shapes}
+    """Those of GROUPS whose groups divide the columns of the experts."""
+    columns = {columns for _, columns in large_matrices(config)["experts"]}
     return [name for name, group in GROUPS.items() if not any(count % group for count in columns)]
 
 
 def weight_bytes(config: ModelConfig, format: str, parts: Sequence[str] = LARGE) -> int:
-    """Memory of the weights with the large matrices of these parts in a format, scales included, the rest in BF16."""
+    """Memory of the weights with the large matrices of these parts in a format, scales included, the rest in BF16.
+
+    In four bits are the experts alone: the other parts get eight, as `quant.quantize` does it.
+    """
     total = 2 * sum(count_parameters(config).values())
-    matrices = large_matrices(config)
-    return total + sum(
-        rows * (_row_bytes(format, columns) - 2 * columns) for part in parts for rows, columns in matrices[part]
-    )
+    for part in parts:
+        own = "FP8" if format in ("INT4", "NVFP4") and part != "experts" else format
+        total += sum(rows * (_row_bytes(own, columns) - 2 * columns) for rows, columns in large_matrices(config)[part])
+    return total
 
 
 def _row_bytes(format: str, columns: int) -> int:

@@ -8,21 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgemma.quant.formats import FORMATS, W4A8, Int4, Int8
+from dgemma.quant.formats import FORMATS, W4A8, Float8, Int4, Int8
 from dgemma.quant.packed import Packed
 
-LARGE = r"layers\.\d+\.(self_attn\.[qkvo]_proj\.weight|mlp\.(gate|up|down)_proj\.weight|experts\.(gate_up|down)_proj)"
+EXPERTS = r"layers\.\d+\.experts\.(gate_up|down)_proj"
+DENSE = r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"
 EMBEDDING = "embed_tokens.weight"
 GROUPS = (32, 64, 128)
+BESIDE: dict[str, type[Packed]] = {"int4": Int8, "w4a8": Int8, "nvfp4": Float8}
+"""What attention and dense MLPs get where experts get four bits."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Attention, dense MLPs and experts in a format; routers, norms, self-conditioning and vision stay as they are.
+    """Experts, attention and dense MLPs in fewer bits; routers, norms, self-conditioning and vision stay as they are.
 
-    format: "int8" (activations too, a token at a time), "fp8", "int4", "w4a8" (int4 of scales that let products be of
-    int8 numbers) or "nvfp4"; group: columns that share a scale of int4 and w4a8; embeddings: the token embeddings,
-    which are also the head, in int8.
+    format: "int8" (activations too, a token at a time), "fp8", or for the experts "int4", "w4a8" (int4 of scales that
+    let products be of int8 numbers) or "nvfp4". Four bits are for the experts, nine tenths of the weights: attention
+    and dense MLPs, which every token uses, get eight. group: columns that share a scale of int4 and w4a8; embeddings:
+    the token embeddings, which are also the head, in int8.
     """
 
     format: str
@@ -39,14 +43,16 @@ class Quantization:
         """The format of a weight, by the network's own name for it; None for one that stays."""
         if name == EMBEDDING:
             return Int8 if self.embeddings else None
-        return FORMATS[self.format] if re.fullmatch(LARGE, name) else None
+        if re.fullmatch(DENSE, name):
+            return BESIDE.get(self.format) or FORMATS[self.format]
+        return FORMATS[self.format] if re.fullmatch(EXPERTS, name) else None
 
     def chosen(self, names: Iterable[str]) -> frozenset[str]:
         return frozenset(name for name in names if self.of(name))
 
     def options(self, name: str) -> dict[str, Any]:
-        """What the format is made with besides its parts: int8 rounds the activations of all but the embeddings."""
-        return {"activations": name != EMBEDDING} if self.of(name) is Int8 else {}
+        """What the format is made with besides its parts: whether products of int8 round the activations."""
+        return {"activations": name != EMBEDDING and self.format != "int4"} if self.of(name) is Int8 else {}
 
     def pack(self, name: str, weight: Tensor) -> Packed:
         """A weight [out, in], or a stack of them matrix by matrix, in its format and its own dtype."""

@@ -15,7 +15,7 @@ def test_written_loaded_and_run(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     result = full.run("small", "w4a8", steps=2, threads=1, directory=kept)
     packed = matrices(load_model(kept, "cpu"))
-    assert {matrix.kind for matrix in packed.values()} == {"w4a8"}
+    assert {matrix.kind for matrix in packed.values()} == {"w4a8", "int8"}
     assert result.file_bytes == sum(path.stat().st_size for path in kept.glob("*.safetensors"))
     assert sum(matrix.nbytes for matrix in packed.values()) < result.weight_bytes < result.file_bytes
     assert 0 < result.step.least <= result.step.median

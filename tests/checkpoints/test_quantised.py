@@ -192,7 +192,8 @@ def test_quantising_experts_that_are_stored_one_by_one(made, tmp_path, kind):
             if weight.dim() == 3
             else [weight]
         )
-        encoded = [FORMATS[kind].encode(part, 32) for part in parts]
+        own = kind if "experts" in name else {"int4": "int8", "nvfp4": "fp8"}.get(kind, kind)
+        encoded = [FORMATS[own].encode(part, 32) for part in parts]
         assert {buffer for buffer, _ in matrix.named_buffers()} == encoded[0].keys()
         for buffer, held in matrix.named_buffers():
             assert torch.equal(held, torch.cat([part[buffer] for part in encoded]).view(held.shape)), (name, buffer)

@@ -149,11 +149,10 @@ def test_the_package_reads_what_was_written(plain: Path, tmp_path: Path, case: C
     assert not whole
 
     for name, matrix in packed.items():
-        bits = 8 + 16 / matrix.shape[-1] if name == EMBEDDING else case.bits[matrix.shape[-1]]
-        rows = (
-            32 / matrix.shape[-1] if case.format == "nvfp4" and name != EMBEDDING else 0
-        )  # a factor for each in memory
-        assert matrix.nbytes * 8 / matrix.shape.numel() == pytest.approx(bits + rows), name
+        columns = matrix.shape[-1]
+        bits = case.bits[columns] if ".experts." in name else BY_ROWS[columns]  # four bits are for the experts
+        factor = 32 / columns if matrix.kind == "nvfp4" else 0  # for each row in memory
+        assert matrix.nbytes * 8 / matrix.shape.numel() == pytest.approx(bits + factor), name
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.format}-{c.group}{'-embeddings' * c.embeddings}")

@@ -114,8 +114,8 @@ def set_codes(name: str, code: int) -> Callable[[dict[str, Tensor]], object]:
         ("int4", fill(f"{EXPERT}.weight_scale", float("inf")), f"{EXPERT}: 2 scales are not finite and above zero"),
         ("int4", fill(f"{EXPERT}.weight_shape", 9), f"{EXPERT}.weight_shape tells [9, 9]; the config makes it"),
         ("nvfp4", set_codes(f"{EXPERT}.weight_scale", 0x7F), f"{EXPERT}: 3 float8 scales are NaN"),
-        ("nvfp4", fill(f"{QUERIES}.weight_global_scale", 0), f"{QUERIES}: its factor is zero or not finite"),
-        ("nvfp4", lambda t: t.pop(f"{QUERIES}.weight_scale"), "(nvfp4) says: it lacks weight_scale"),
+        ("nvfp4", fill(f"{EXPERT}.weight_global_scale", 0), f"{EXPERT}: its factor is zero or not finite"),
+        ("nvfp4", lambda t: t.pop(f"{EXPERT}.weight_scale"), "(nvfp4) says: it lacks weight_scale"),
     ],
 )
 def test_faults_of_quantised_matrices(whole, quantize, edit, fault):

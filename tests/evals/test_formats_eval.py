@@ -18,9 +18,9 @@ def test_cost_of_each_format() -> None:
     plain, int8, int4 = json.loads(told.output)["formats"]
     assert [row["format"] for row in (plain, int8, int4)] == ["float32", "int8", "int4"]
     assert plain["divergence"] == plain["gained"] == plain["lost"] == 0
-    assert 0 < int8["divergence"] < 0.1 * int4["divergence"] < 0.01
+    assert 0 < int8["divergence"] < int4["divergence"] < 0.01
     assert 8 < int8["bits"] < 8.5
-    assert int4["bits"] == pytest.approx(4.5)
+    assert 4.5 < int4["bits"] < 6.5  # the experts' 4.5, and 8 of the rest
     assert int4["bytes"] < int8["bytes"] < plain["bytes"]
     for row in (int8, int4):
         assert row["exact"]["share"] == pytest.approx(plain["exact"]["share"] + row["gained"] - row["lost"])
@@ -32,7 +32,7 @@ def test_table() -> None:
     header, _, plain, packed = told.output.strip().splitlines()[-4:]
     assert header.startswith("| format | bits a weight |")
     assert plain.startswith("| float32 | 32.00 |")
-    assert packed.startswith("| w4a8 | 4.")
+    assert packed.startswith("| w4a8 | 6.")
 
 
 @pytest.mark.parametrize(
