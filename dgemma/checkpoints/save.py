@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -72,21 +73,23 @@ def _config(model: DiffusionGemma) -> dict:
 
 def _write_weights(model: DiffusionGemma, new: Callable[[str], Path], max_shard_bytes: int) -> set[str]:
     """Writes one file, or shards and their index; returns the names of the files."""
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[dict[str, int]] = [{}]
     filled = 0
     for name, tensor in _released(model):
         if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1][name] = tensor
+        shards[-1][name] = tensor.nbytes
         filled += tensor.nbytes
+    # Twice, so that no more than a shard is held of what has to be made for the file.
+    tensors = _released(model)
     if len(shards) == 1:
-        write_tensors(new(SINGLE), shards[0])
+        write_tensors(new(SINGLE), dict(tensors))
         return {SINGLE}
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards, strict=True):
-        write_tensors(new(file), shard)
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        write_tensors(new(file), dict(islice(tensors, len(shard))))
+    total = sum(size for shard in shards for size in shard.values())
     where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
     write_json(new(INDEX), {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
     return {*files, INDEX}
