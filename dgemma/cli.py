@@ -264,7 +264,7 @@ def quantize(
     model: Model,
     format: Annotated[Format, typer.Option(help="of the experts; beside 4 bits, attention and dense MLPs get 8")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the directory to write")],
-    group: Annotated[Literal["32", "64", "128"], typer.Option(help="columns that share a scale of int4")] = "32",
+    group: Annotated[Literal["32", "64", "128"], typer.Option(help="columns that share a scale in 4-bit ints")] = "32",
     embeddings: Annotated[bool, typer.Option("--embeddings", help="the token embeddings too, in int8")] = False,
 ) -> None:
     """Write a model in fewer bits, in the layout of compressed-tensors, experts one by one."""

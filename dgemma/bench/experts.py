@@ -60,7 +60,9 @@ def run(
         sides[format] = QuantExperts(
             base,
             *(
-                Quantization(format).pack(f"layers.0.experts.{name}", weight.data)
+                Quantization(format).pack(
+                    f"layers.0.experts.{name}", tuple(weight.shape), weight.dtype, enumerate(weight.data)
+                )
                 for name, weight in (("gate_up_proj", base.gate_up_proj), ("down_proj", base.down_proj))
             ),
         )

@@ -5,7 +5,6 @@ time are those of a user who has the real file.
 """
 
 import os
-import resource
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -181,4 +180,4 @@ def _swapped() -> int:
     if not status.exists():
         return 0
     pages = next(line for line in status.read_text().splitlines() if line.startswith("pswpout "))
-    return int(pages.split()[1]) * resource.getpagesize() if os.name == "posix" else 0
+    return int(pages.split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dgemma.checkpoints.names import stored_name
+from dgemma.kernels.numbers import NVFP4_GROUP
 from dgemma.model.network import DiffusionGemma
-from dgemma.quant.formats import GROUP, W4A8, Float8, Int4, Int8, Nvfp4
+from dgemma.quant.formats import W4A8, Float8, Int4, Int8, Nvfp4
 from dgemma.quant.modules import QuantLinear, matrices
 from dgemma.quant.packed import Packed
 from dgemma.quant.quantize import EMBEDDING
@@ -31,8 +32,9 @@ def stored_tensors(name: str, matrix: Packed) -> Iterator[tuple[str, Tensor]]:
     ValueError for a format that the layout cannot express.
     """
     module = stored_name(name).removesuffix(".weight")
+    whole = dict(matrix.named_buffers())
     if len(matrix.shape) == 2:
-        parts = _parts(matrix, dict(matrix.named_buffers()), module)
+        parts = _parts(matrix, whole, module)
         yield from ((f"{module}.{part}", tensor) for part, tensor in parts.items())
         return
     stack, _, which = module.rpartition(".")
@@ -43,7 +45,7 @@ def stored_tensors(name: str, matrix: Packed) -> Iterator[tuple[str, Tensor]]:
     for expert in range(matrix.shape[0]):
         for half, chosen in halves:
             own = f"{stack}.{expert}.{half}"
-            buffers = {key: buffer[expert, chosen] for key, buffer in dict(matrix.named_buffers()).items()}
+            buffers = {key: buffer[expert, chosen] for key, buffer in whole.items()}
             yield from ((f"{own}.{part}", tensor) for part, tensor in _parts(matrix, buffers, own).items())
 
 
@@ -53,15 +55,8 @@ def _parts(matrix: Packed, buffers: Mapping[str, Tensor], module: str) -> dict[s
             return {"weight": buffers["codes"].view(torch.float8_e4m3fn), "weight_scale": buffers["scale"]}
         case Int8():
             return {"weight": buffers["codes"], "weight_scale": buffers["scale"]}
-        case Int4():
-            shape = torch.tensor([len(buffers["codes"]), matrix.shape[-1]])
-            return {
-                "weight_packed": buffers["codes"].view(torch.int32),
-                "weight_scale": buffers["scale"],
-                "weight_shape": shape,
-            }
-        case W4A8():
-            codes, scale = W4A8.to_int4(**buffers)
+        case Int4() | W4A8():
+            codes, scale = W4A8.to_int4(**buffers) if isinstance(matrix, W4A8) else (buffers["codes"], buffers["scale"])
             shape = torch.tensor([len(scale), matrix.shape[-1]])
             return {"weight_packed": codes.view(torch.int32), "weight_scale": scale, "weight_shape": shape}
         case Nvfp4(divide=True):
@@ -125,7 +120,7 @@ def _scheme(matrix: Packed) -> dict[str, Any]:
             inputs = each_token | {"type": "int"} if isinstance(matrix, W4A8) else None
             weights |= {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group}
         case Nvfp4():
-            weights |= {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": GROUP}
+            weights |= {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": NVFP4_GROUP}
     return {"weights": weights, "input_activations": inputs, "format": FORMATS.get(matrix.kind)}
 
 

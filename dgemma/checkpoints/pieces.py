@@ -45,9 +45,10 @@ class Piece:
     last: int
     parts: dict[str, str]
 
-    def of(self, buffer: Tensor) -> Tensor:
-        """Its rows of a buffer of the whole target."""
-        return buffer if self.expert is None else buffer[self.expert, self.first : self.last]
+    @property
+    def index(self) -> Any:
+        """Of its rows in the whole target."""
+        return ... if self.expert is None else (self.expert, slice(self.first, self.last))
 
 
 def pieces_of(
@@ -137,7 +138,7 @@ def assembled(
     """A stack of experts that are stored one by one."""
     whole = torch.empty(shape, dtype=dtype)
     for piece in pieces:
-        piece.of(whole).copy_(_plain(piece, shape, stored, reader))
+        whole[piece.index] = _plain(piece, shape, stored, reader)
     return whole
 
 
@@ -151,16 +152,8 @@ def encoded(
     reader: Reader,
 ) -> Packed:
     """A matrix or stack quantised as wished, piece by piece; name: the network's own."""
-    kind = wish.of(name)
-    assert kind is not None
-    wish.check(name, shape[-1])
-    buffers: dict[str, Tensor] = {}
-    for piece in pieces:
-        for part, rows in kind.encode(_plain(piece, shape, stored, reader), wish.group).items():
-            if part not in buffers:
-                buffers[part] = torch.empty(*shape[:-1], rows.shape[-1], dtype=rows.dtype)
-            piece.of(buffers[part]).copy_(rows)
-    return kind(shape, dtype, **wish.options(name), **buffers)
+    dense = ((piece.index, _plain(piece, shape, stored, reader)) for piece in pieces)
+    return wish.pack(name, shape, dtype, dense)
 
 
 def packed(
@@ -191,7 +184,7 @@ def packed(
                 buffers[part.buffer] = torch.empty(*shape[:-1], columns, dtype=memory)
             if buffers[part.buffer].dtype != memory:
                 raise ValueError(f"{name} is stored as {entry.dtype}, others of its stack otherwise")
-            _fill(piece.of(buffers[part.buffer]), name, entry, reader)
+            _fill(buffers[part.buffer][piece.index], name, entry, reader)
     if scheme.kind == "int4":
         buffers["codes"] = buffers["codes"].view(torch.uint8)
         # Products in int8 need scales of one kind, as `dgemma quantize` makes them; others keep x as it is.

@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dgemma.checkpoints.empty import empty_model
 from dgemma.checkpoints.headers import StoredTensor, listed, model_json, stored_tensors
 from dgemma.checkpoints.layouts import Layout, read_layout
-from dgemma.checkpoints.load import empty_model, load_model, match_names, resolve_dtype
+from dgemma.checkpoints.load import load_model, match_names, resolve_dtype
 from dgemma.checkpoints.names import stored_name
 from dgemma.checkpoints.pieces import Piece, assembled, check_complete, is_plain, packed, pieces_of
 from dgemma.checkpoints.reading import DTYPES, Reader, slices

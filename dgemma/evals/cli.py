@@ -190,6 +190,7 @@ def evaluate_formats(
     directory = checked(model, config)
 
     from dgemma.evals.formats import measure_formats
+    from dgemma.evals.report import formats_markdown
 
     asked = [
         (task, [item for level in _levels(name, task, None) for item in tasks.items(task, count, seed, True, level)])
@@ -207,13 +208,8 @@ def evaluate_formats(
     if as_json:
         told = {"model": model, "tasks": list(chosen), "count": count, "seed": seed, "options": config}
         print(json.dumps(told | {"formats": rows}, indent=2, default=asdict))
-        return
-    print("| format | bits a weight | bytes | KL, nats a position | exact | gained, lost | steps |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    for row in rows:
-        share = f"{row.exact.share:.1%} ({row.exact.low:.1%}-{row.exact.high:.1%})"
-        cells = (row.format, f"{row.bits:.2f}", f"{row.bytes:,}", f"{row.divergence:.5f}", share)
-        print(f"| {' | '.join(cells)} | {row.gained:.1%}, {row.lost:.1%} | {row.steps:.1f} |")
+    else:
+        print(formats_markdown(rows))
 
 
 def _progress() -> "Progress":

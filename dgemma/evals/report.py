@@ -13,6 +13,8 @@ from dgemma.evals.measure import ALL, Row, Share
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from dgemma.evals.formats import Cost
+
 INK, EXACT, VALID = "#404040", "#2f6db5", "#a9c7e8"
 
 
@@ -43,6 +45,24 @@ def share_markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
     names = [name for name in next(iter(rows.values())) if name != "count"]
     lines = [[level, str(row["count"]), *(_interval(row[name]) for name in names)] for level, row in rows.items()]
     return _markdown([["level", "items", *(name.replace("_", " ") for name in names)], *lines])
+
+
+def formats_markdown(rows: "Sequence[Cost]") -> str:
+    """A line for each format."""
+    header = ["format", "bits a weight", "bytes", "KL, nats a position", "exact", "gained, lost", "steps"]
+    lines = [
+        [
+            row.format,
+            f"{row.bits:.2f}",
+            f"{row.bytes:,}",
+            f"{row.divergence:.5f}",
+            _interval(row.exact),
+            f"{row.gained:.1%}, {row.lost:.1%}",
+            f"{row.steps:.1f}",
+        ]
+        for row in rows
+    ]
+    return _markdown([header, *lines])
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:

@@ -1,7 +1,13 @@
 """Four- and eight-bit numbers as tensors hold them, and scales."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+E4M3_MAX = 448.0
+NVFP4_GROUP = 16
+"""Columns that share a scale."""
 
 
 def e4m3(codes: Tensor) -> Tensor:
@@ -28,6 +34,16 @@ def halves(low: Tensor, high: Tensor) -> Tensor:
     return torch.stack((low, high), dim=-2)
 
 
+def nibbles(codes: Tensor) -> Tensor:
+    """Bytes [..., n] as values from 0 to 15, [..., 2 * n], the low one of each first."""
+    return torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+
+
+def pairs(values: Tensor) -> Tensor:
+    """Undoes `nibbles`."""
+    return values[..., 0::2] | values[..., 1::2] << 4
+
+
 def scaled(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 values, which are changed, times float32 scales, in `dtype`.
 
@@ -42,9 +58,31 @@ def scale_of(scale: Tensor) -> Tensor:
     return scale.float().clamp(min=2.0**-100).to(torch.bfloat16)
 
 
+SEARCHED = (8.0, 7.5, 7.0, 6.5, 6.0)
+"""Steps to a group's largest weight that are tried for its scale: what lies beyond -8 and 7 is cut off."""
+
+
 def four_bits(weight: Tensor, scale: Tensor) -> Tensor:
     """Whole numbers from -8 to 7."""
     return (weight / scale).round_().clamp_(-8, 7)
+
+
+def least_error(weight: Tensor, scales: Iterable[Tensor]) -> Tensor:
+    """Of scales [..., 1] for groups of four-bit weights [..., g] the one with each group's least squared error."""
+    least = chosen = None
+    for scale in scales:
+        error = four_bits(weight, scale).mul_(scale).sub_(weight).square_().sum(-1, keepdim=True)
+        if least is None or chosen is None:
+            least, chosen = error, scale
+        else:
+            chosen, least = torch.where(error < least, scale, chosen), error.minimum(least)
+    assert chosen is not None
+    return chosen
+
+
+def packed_four_bits(weight: Tensor, scale: Tensor) -> Tensor:
+    """Groups [..., G, g] over their scales [..., G, 1] as bytes [..., G * g / 2], each code stored 8 higher."""
+    return pairs((four_bits(weight, scale) + 8).to(torch.uint8).flatten(-2))
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:

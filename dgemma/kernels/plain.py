@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-E4M3_MAX = 448.0
+from dgemma.kernels.numbers import E4M3_MAX, NVFP4_GROUP, nibbles
+
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-NVFP4_GROUP = 16
 INT4_GROUPS = (32, 64, 128)
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _E4M3 = (torch.uint8, torch.float8_e4m3fn)
@@ -75,11 +75,6 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     scale = (x.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
     return (x / scale).to(torch.float8_e4m3fn), scale
-
-
-def nibbles(codes: Tensor) -> Tensor:
-    """Bytes [..., n] as values from 0 to 15, [..., 2 * n], the low one of each first."""
-    return torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
 
 
 def check_bf16(x: Tensor, offsets: Tensor, weight: Tensor) -> None:

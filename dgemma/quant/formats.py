@@ -9,13 +9,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dgemma.kernels.numbers import E2M1_UNIT, E4M3_UNIT, e2m1, e4m3, four_bits, halves, scale_of, scaled
+from dgemma.kernels.numbers import (
+    E2M1_UNIT,
+    E4M3_MAX,
+    E4M3_UNIT,
+    NVFP4_GROUP,
+    SEARCHED,
+    e2m1,
+    e4m3,
+    halves,
+    least_error,
+    packed_four_bits,
+    pairs,
+    scale_of,
+    scaled,
+)
 from dgemma.quant.integers import W4A8, Int8, Pairs
 from dgemma.quant.packed import Packed
 
-GROUP = 16
-"""Of NVFP4."""
-E4M3_MAX, E2M1_MAX = 448.0, 6.0
+E2M1_MAX = 6.0
 E2M1_ENDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 """Where one e2m1 value ends and the next begins; ties go to the even code, so every second one belongs to the next."""
 
@@ -52,14 +64,8 @@ class Int4(Pairs):
         """Of a few scales, each group takes the one with the least squared error."""
         grouped = weight.float().unflatten(-1, (-1, group))
         top = grouped.abs().amax(-1, keepdim=True)
-        best, chosen = torch.full_like(top, torch.inf), torch.zeros_like(top)
-        for steps in (8.0, 7.5, 7.0, 6.5, 6.0):
-            scale = scale_of(top / steps).float()
-            error = four_bits(grouped, scale).mul_(scale).sub_(grouped).square_().sum(-1, keepdim=True)
-            better = error < best
-            best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
-        codes = (four_bits(grouped, chosen) + 8).to(torch.uint8).flatten(-2)
-        return {"codes": codes[..., 0::2] | codes[..., 1::2] << 4, "scale": chosen.squeeze(-1).bfloat16()}
+        scale = least_error(grouped, (scale_of(top / steps).float() for steps in SEARCHED))
+        return {"codes": packed_four_bits(grouped, scale), "scale": scale.squeeze(-1).bfloat16()}
 
 
 class Nvfp4(Pairs):
@@ -83,7 +89,7 @@ class Nvfp4(Pairs):
     @classmethod
     def encode(cls, weight: Tensor, group: int) -> dict[str, Tensor]:
         """The factor brings the largest group's scale to the largest e4m3."""
-        grouped = weight.float().unflatten(-1, (-1, GROUP))
+        grouped = weight.float().unflatten(-1, (-1, NVFP4_GROUP))
         top = grouped.abs().amax(-1, keepdim=True)
         factor = E4M3_MAX * E2M1_MAX / top.amax(dim=(-3, -2, -1), keepdim=True).clamp(min=1e-30)
         scale = (top / E2M1_MAX * factor).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
@@ -92,10 +98,10 @@ class Nvfp4(Pairs):
         ends = values.new_tensor(E2M1_ENDS)
         ends[1::2] = ends[1::2].nextafter(ends.new_zeros(()))
         codes = torch.bucketize(values.abs(), ends).to(torch.uint8)
-        codes = (codes | (values < 0).to(torch.uint8) << 3).flatten(-2)
+        codes = codes | (values < 0).to(torch.uint8) << 3
         rows = factor.squeeze(-1).expand(*weight.shape[:-1], 1).contiguous()
         return {
-            "codes": codes[..., 0::2] | codes[..., 1::2] << 4,
+            "codes": pairs(codes.flatten(-2)),
             "scale": scale.squeeze(-1).view(torch.uint8),
             "factor": rows,
         }

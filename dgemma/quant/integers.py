@@ -8,7 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dgemma.kernels.numbers import four_bits, quantise_rows, scale_of, scaled
+from dgemma.kernels.numbers import (
+    SEARCHED,
+    halves,
+    least_error,
+    nibbles,
+    packed_four_bits,
+    pairs,
+    quantise_rows,
+    scale_of,
+    scaled,
+)
 from dgemma.quant.packed import Packed
 
 ROWS = 2048
@@ -20,12 +30,8 @@ class Integers(Packed):
 
     activations = True
 
-    def integers(self, at: int | None) -> Tensor:
-        """int8 [out, in], arranged, of the matrix or of one of the stack."""
-        raise NotImplementedError
-
-    def unit(self, at: int | None) -> Tensor:
-        """[out, 1]."""
+    def integers(self, at: int | None) -> tuple[Tensor, Tensor]:
+        """The matrix, or one of the stack: int8 [out, in], arranged, and the rows' units [out, 1]."""
         raise NotImplementedError
 
     def multiply(self, x: Tensor, at: int | None = None) -> Tensor:
@@ -49,7 +55,8 @@ class Integers(Packed):
 
     def _multiply(self, rounded: Tensor, own: Tensor, at: int | None) -> Tensor:
         """float32 [n, out] of int8 [n, in] and its rows' scales."""
-        return torch._int_mm(rounded, self.integers(at).t()).float().mul_(own).mul_(self.unit(at).t())
+        integers, unit = self.integers(at)
+        return torch._int_mm(rounded, integers.t()).float().mul_(own).mul_(unit.t())
 
 
 class Int8(Integers):
@@ -64,13 +71,9 @@ class Int8(Integers):
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
         return scaled(codes.float(), scale.float(), self.dtype)
 
-    def integers(self, at: int | None) -> Tensor:
-        codes = self.get_buffer("codes")
-        return codes if at is None else codes[at]
-
-    def unit(self, at: int | None) -> Tensor:
-        scale = self.get_buffer("scale")
-        return scale if at is None else scale[at]
+    def integers(self, at: int | None) -> tuple[Tensor, Tensor]:
+        codes, scale = self.parts(at)
+        return codes, scale
 
     @classmethod
     def encode(cls, weight: Tensor, group: int) -> dict[str, Tensor]:
@@ -114,16 +117,12 @@ class W4A8(Integers):
         groups = self.get_buffer("multiple").shape[-1]
         return x.unflatten(-1, (2, -1, groups, 8)).movedim((-4, -2), (-2, -4)).flatten(-4)
 
-    def decode(self, codes: Tensor, multiple: Tensor, unit: Tensor) -> Tensor:  # type: ignore[override]
-        return scaled(_integers(codes, multiple).float(), unit, self.dtype)
+    def decode(self, codes: Tensor, multiple: Tensor, units: Tensor) -> Tensor:  # type: ignore[override]
+        return scaled(_integers(codes, multiple).float(), units, self.dtype)
 
-    def integers(self, at: int | None) -> Tensor:
-        codes, multiple = self.get_buffer("codes"), self.get_buffer("multiple")
-        return _integers(codes, multiple) if at is None else _integers(codes[at], multiple[at])
-
-    def unit(self, at: int | None) -> Tensor:
-        unit = self.get_buffer("units")
-        return unit if at is None else unit[at]
+    def integers(self, at: int | None) -> tuple[Tensor, Tensor]:
+        codes, multiple, units = self.parts(at)
+        return _integers(codes, multiple), units
 
     @classmethod
     def of_int4(cls, codes: Tensor, scale: Tensor) -> dict[str, Tensor] | None:
@@ -146,15 +145,9 @@ class W4A8(Integers):
         grouped = weight.float().unflatten(-1, (-1, group))
         top = grouped.abs().amax(-1, keepdim=True)
         unit = _few_bits(scale_of(top.amax(-2, keepdim=True) / (7.0 * 15)).float())
-        best, chosen = torch.full_like(top, torch.inf), torch.ones_like(top)
-        for steps in (8.0, 7.5, 7.0, 6.5, 6.0):
-            multiple = (top / (steps * unit)).round_().clamp_(1, 15)
-            scale = multiple * unit
-            error = four_bits(grouped, scale).mul_(scale).sub_(grouped).square_().sum(-1, keepdim=True)
-            chosen, best = torch.where(error < best, multiple, chosen), error.minimum(best)
-        scale = chosen * unit
-        codes = (four_bits(grouped, scale) + 8).to(torch.uint8).flatten(-2)
-        parts = cls.of_int4(codes[..., 0::2] | codes[..., 1::2] << 4, scale.squeeze(-1))
+        multiples = ((top / (steps * unit)).round_().clamp_(1, 15) for steps in SEARCHED)
+        scale = least_error(grouped, (multiple * unit for multiple in multiples))
+        parts = cls.of_int4(packed_four_bits(grouped, scale), scale.squeeze(-1))
         assert parts is not None
         return parts
 
@@ -172,15 +165,14 @@ def _integers(codes: Tensor, multiple: Tensor) -> Tensor:
 
 def _to_words(codes: Tensor, groups: int) -> Tensor:
     """Bytes of columns side by side [..., n] as W4A8 has them."""
-    columns = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).unflatten(-1, (groups, -1, 2, 8))
+    columns = nibbles(codes).unflatten(-1, (groups, -1, 2, 8))
     return (columns[..., 0, :] | columns[..., 1, :] << 4).transpose(-2, -3).flatten(-3)
 
 
 def _from_words(codes: Tensor, groups: int) -> Tensor:
     """Undoes `_to_words`."""
     words = codes.unflatten(-1, (-1, groups, 8)).transpose(-2, -3)
-    columns = torch.stack((words & 15, words >> 4), -2).flatten(-4)
-    return columns[..., 0::2] | columns[..., 1::2] << 4
+    return pairs(halves(words & 15, words >> 4).flatten(-4))
 
 
 def _row_unit(scale: Tensor) -> Tensor:

@@ -59,9 +59,13 @@ class Packed(nn.Module):
         wide = self.shape[-1] * self.dtype.itemsize
         return max(16, TILE_BYTES // wide) if self.device.type == "cpu" else self.shape[-2]
 
+    def parts(self, at: int | None) -> list[Tensor]:
+        """The buffers, or what they hold of one of a stack by its number."""
+        return [part if at is None else part[at] for part in self.buffers()]
+
     def rows(self, at: int | None, chosen: Any = slice(None)) -> Tensor:
         """Decoded rows of a matrix, or of one of a stack by its number."""
-        return self.decode(*((part if at is None else part[at])[chosen] for part in self.buffers()))
+        return self.decode(*(part[chosen] for part in self.parts(at)))
 
     def dense(self, at: int | None = None) -> Tensor:
         """The matrix, or all of the stack, that the buffers mean: the format's reference dequantisation."""

@@ -54,18 +54,21 @@ class Quantization:
         """What the format is made with besides its parts: whether products of int8 round the activations."""
         return {"activations": name != EMBEDDING and self.format != "int4"} if self.of(name) is Int8 else {}
 
-    def pack(self, name: str, weight: Tensor) -> Packed:
-        """A weight [out, in], or a stack of them matrix by matrix, in its format and its own dtype."""
+    def pack(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, weights: Iterable[tuple[Any, Tensor]]
+    ) -> Packed:
+        """A matrix or stack of this shape in its format, piece by piece: dense rows, each with their index in it."""
         kind = self.of(name)
         if kind is None:
             raise ValueError(f"{name} is not quantised to {self.format}")
-        self.check(name, weight.shape[-1])
-        matrices = weight if weight.dim() == 3 else weight[None]
-        parts = [kind.encode(matrix, self.group) for matrix in matrices]
-        buffers = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
-        if weight.dim() == 2:
-            buffers = {key: buffer[0] for key, buffer in buffers.items()}
-        return kind(tuple(weight.shape), weight.dtype, **self.options(name), **buffers)
+        self.check(name, shape[-1])
+        buffers: dict[str, Tensor] = {}
+        for index, weight in weights:
+            for part, rows in kind.encode(weight, self.group).items():
+                if part not in buffers:
+                    buffers[part] = torch.empty(*shape[:-1], rows.shape[-1], dtype=rows.dtype)
+                buffers[part][index] = rows
+        return kind(shape, dtype, **self.options(name), **buffers)
 
     def check(self, name: str, columns: int) -> None:
         kind = self.of(name)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from paged import PAGED as CONFIG
 from parity.reference import randomise, tokens
 from torch import Tensor
 
@@ -13,24 +14,6 @@ from dgemma.model.attention import Span
 from dgemma.model.cache import Cache
 from dgemma.model.network import DiffusionGemma
 
-CONFIG = ModelConfig(
-    vocab_size=50,
-    hidden_size=16,
-    intermediate_size=24,
-    moe_intermediate_size=8,
-    num_experts=3,
-    top_k_experts=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    head_dim=8,
-    num_global_key_value_heads=1,
-    global_head_dim=16,
-    layer_types=(SLIDING, SLIDING, FULL, SLIDING, FULL),
-    sliding_window=11,
-    canvas_length=4,
-    max_position_embeddings=4096,
-    dtype="float32",
-)
 LONG = 61
 """A prompt of many pages (4) and windows (11), and a page begun."""
 

@@ -1,15 +1,18 @@
 """Pages in 8 bits: what rounding costs and what memory it saves; they are shared and dropped as plain ones are."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from paged import PAGED
+from parity.reference import randomise, tokens
 from torch import Tensor
 
 import dgemma
-from dgemma.config import FULL, SLIDING, GenerationConfig, ModelConfig
+from dgemma.config import FULL, SLIDING, GenerationConfig
 from dgemma.decoding.blocks import Request, generate
 from dgemma.decoding.events import Finished, Prefilled
 from dgemma.decoding.noise import Noise
@@ -19,26 +22,8 @@ from dgemma.model import network
 from dgemma.model.cache import Cache
 from dgemma.model.kv_formats import FORMATS, PLAIN, PageFormat
 from dgemma.model.network import DiffusionGemma
-from tests.parity.reference import randomise, tokens
 
-CONFIG = ModelConfig(
-    vocab_size=50,
-    hidden_size=32,
-    intermediate_size=24,
-    moe_intermediate_size=8,
-    num_experts=3,
-    top_k_experts=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    head_dim=16,
-    num_global_key_value_heads=1,
-    global_head_dim=32,
-    layer_types=(SLIDING, SLIDING, FULL, SLIDING, FULL),
-    sliding_window=11,
-    canvas_length=4,
-    max_position_embeddings=4096,
-    dtype="float32",
-)
+CONFIG = replace(PAGED, hidden_size=32, head_dim=16, global_head_dim=32)
 VALUES = {FULL: 2 * 2 * 1, SLIDING: 3 * 2 * 2}
 """By hand, a token: layers, keys and values, heads."""
 SIZE = {FULL: 32, SLIDING: 16}
