@@ -25,7 +25,7 @@ check: .venv/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml constraints.txt dgemma/kernels/decode.c
 	$(PYTHON) -m venv .venv
 	$(PIP) --editable .
 	touch $@
@@ -35,4 +35,4 @@ check: .venv/ready-test
 	touch $@
 
 clean:
-	rm -rf .venv *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build *.egg-info dgemma/kernels/*.so .mypy_cache .ruff_cache .pytest_cache

@@ -16,7 +16,9 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _threads() -> None:
-    # The networks are tiny: a second thread only waits, the longer the busier the machine is.
+@pytest.fixture(autouse=True)
+def _threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The networks are tiny: a second thread only waits, the longer the busier the machine is. On some CPUs the number
+    # of threads also decides the last bits of a product, so commands that tests start get as many.
     torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")

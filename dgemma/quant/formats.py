@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dgemma.kernels import native
 from dgemma.kernels.numbers import (
     E2M1_UNIT,
     E4M3_MAX,
@@ -38,6 +39,8 @@ class Float8(Packed):
     kind = "fp8"
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        if native.fits(self.dtype, codes, scale):
+            return native.fp8(codes, scale, self.dtype)
         return scaled(e4m3(codes), scale.float() * E4M3_UNIT, self.dtype)
 
     @classmethod
@@ -54,6 +57,8 @@ class Int4(Pairs):
     kind = "int4"
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        if native.fits(self.dtype, codes, scale):
+            return native.int4(codes, scale, self.dtype)
         values = halves(codes & 15, codes >> 4).view(torch.int8).sub_(8).float()
         return scaled(
             values.unflatten(-1, (scale.shape[-1], -1)), scale.float()[..., None, :, None], self.dtype
@@ -81,6 +86,8 @@ class Nvfp4(Pairs):
         self.divide = divide
 
     def decode(self, codes: Tensor, scale: Tensor, factor: Tensor) -> Tensor:  # type: ignore[override]
+        if native.fits(self.dtype, codes, scale, factor):
+            return native.nvfp4(codes, scale, factor, self.divide, self.dtype)
         wide = e4m3(scale).mul_(E4M3_UNIT)
         wide = (wide.div_(factor) if self.divide else wide.mul_(factor)).mul_(E2M1_UNIT)
         values = e2m1(codes).unflatten(-1, (wide.shape[-1], -1))

@@ -4,10 +4,12 @@ Each row of x is rounded to int8 as well, and the processor's int8 dot products 
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from dgemma.kernels import native
 from dgemma.kernels.numbers import (
     SEARCHED,
     halves,
@@ -23,6 +25,18 @@ from dgemma.quant.packed import Packed
 
 ROWS = 2048
 """Rows of scales that are looked at at once, in the processor's cache."""
+
+
+@cache
+def sums_are_exact() -> bool:
+    """Whether this processor adds products of int8 numbers in 32 bits: older ones cut pairs of them off at 16."""
+    most = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(most, -most.t()) == -64 * 127 * 127).all())
+
+
+def int_product(x: Tensor, y: Tensor) -> Tensor:
+    """float32 [n, m] of int8 [n, k] and [k, m]."""
+    return torch._int_mm(x, y).float() if sums_are_exact() else x.float() @ y.float()
 
 
 class Integers(Packed):
@@ -56,7 +70,7 @@ class Integers(Packed):
     def _multiply(self, rounded: Tensor, own: Tensor, at: int | None) -> Tensor:
         """float32 [n, out] of int8 [n, in] and its rows' scales."""
         integers, unit = self.integers(at)
-        return torch._int_mm(rounded, integers.t()).float().mul_(own).mul_(unit.t())
+        return int_product(rounded, integers.t()).mul_(own).mul_(unit.t())
 
 
 class Int8(Integers):
@@ -154,6 +168,8 @@ class W4A8(Integers):
 
 def _integers(codes: Tensor, multiple: Tensor) -> Tensor:
     """int8 [n, in], arranged."""
+    if native.fits(torch.int8, codes, multiple):
+        return native.w4a8(codes, multiple)
     out = torch.empty(*codes.shape[:-1], 2, codes.shape[-1], dtype=torch.uint8, device=codes.device)
     torch.bitwise_and(codes, 15, out=out[..., 0, :])
     torch.bitwise_right_shift(codes, 4, out=out[..., 1, :])

@@ -34,6 +34,7 @@ class TrainOptions:
     infill: float = option(0.0, "share of canvases that are clean but for one gap", most=1)
     exponent: float = option(1.0, "noise level = uniform ^ exponent; below 1: more noise", least=0.01)
     rollout: float = option(0.0, "share of canvases taken from the model's own denoising", most=1)
+    rollout_steps: int = option(8, "most steps of that denoising", least=1)
     leave_one_out: bool = option(False, "leave-one-out cross-entropy")
     router: bool = option(False, "train the router too; with scratch it always is")
     checkpointing: bool = option(False, "recompute activations instead of keeping them")

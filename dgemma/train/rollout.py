@@ -17,29 +17,39 @@ from dgemma.model.network import DiffusionGemma
 from dgemma.train.objective import Batch, Corruption
 from dgemma.train.options import TrainOptions
 
-MOST_STEPS = 8
-"""A canvas is taken after 1 to so many steps: later ones are nearly still."""
-
 
 @torch.no_grad()
 def roll_out(model: DiffusionGemma, batch: Batch, drawn: Corruption, options: TrainOptions, step: int) -> Corruption:
-    """Replaces a share `options.rollout` of the canvases by ones that the model itself has begun to denoise."""
+    """Replaces a share `options.rollout` of the canvases by ones that the model itself has begun to denoise.
+
+    Canvases of one place share a way there, and are taken after different numbers of steps, 1 to
+    `options.rollout_steps`. A way that is still before its canvas would be taken leaves that canvas as it was drawn.
+    """
     rng = random.Random(f"{options.seed}/rollout/{step}/{batch.start}")
-    rows = [row for row in range(len(batch.clean)) if rng.random() < options.rollout]
-    if not rows:
+    places: dict[tuple[int, int], list[int]] = {}
+    for row, place in enumerate(zip(batch.owner, batch.start, strict=True)):
+        if rng.random() < options.rollout:
+            places.setdefault(place, []).append(row)
+    if not places:
         return drawn
-    cache = model.new_cache(len(rows))
-    model.encode([batch.examples[batch.owner[row]][: batch.start[row]] for row in rows], cache)
+    cache = model.new_cache(len(places))
+    model.encode([batch.examples[owner][:start] for owner, start in places], cache)
     config, decoding = model.config, GenerationConfig()
-    noises = [Noise(rng.getrandbits(63), config.vocab_size, config.canvas_length) for _ in rows]
-    canvases = [Canvas.begin(model, i, 0, decoding, noise) for i, noise in enumerate(noises)]
-    ends = [rng.randint(1, MOST_STEPS) for _ in rows]
-    going = canvases
-    while going:
-        denoise_step(model, cache.select([canvas.row for canvas in going]), going)
-        going = [canvas for canvas in going if canvas.steps < ends[canvas.row] and not canvas.still]
+    noises = [Noise(rng.getrandbits(63), config.vocab_size, config.canvas_length) for _ in places]
+    going = [Canvas.begin(model, i, 0, decoding, noise) for i, noise in enumerate(noises)]
+    wanted: list[
+        dict[int, int]
+    ] = []  # for each way, the rows that are still to be taken from it, by the number of steps
+    for rows in places.values():
+        most = max(options.rollout_steps, len(rows))
+        wanted.append(dict(zip(rng.sample(range(1, most + 1), len(rows)), rows, strict=True)))
     noised, conditioned = drawn.noised.clone(), drawn.conditioned.clone()
     given = torch.zeros(*noised.shape, config.hidden_size, dtype=model.dtype)
-    for row, canvas in zip(rows, canvases, strict=True):
-        noised[row], given[row], conditioned[row] = canvas.tokens.cpu(), canvas.soft.cpu(), False
+    while going:
+        denoise_step(model, cache.select([canvas.row for canvas in going]), going)
+        for canvas in going:
+            if canvas.steps in wanted[canvas.row]:
+                row = wanted[canvas.row].pop(canvas.steps)
+                noised[row], given[row], conditioned[row] = canvas.tokens.cpu(), canvas.soft.cpu(), False
+        going = [canvas for canvas in going if wanted[canvas.row] and not canvas.still]
     return dataclasses.replace(drawn, noised=noised, conditioned=conditioned, given=given)

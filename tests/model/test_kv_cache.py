@@ -183,7 +183,8 @@ def test_select_encodes_into_the_same_rows(model):
     assert cache.lengths == [30, 9, 9]
     wholes = (torch.cat((prompt(22), prompt(8, 8))), prompt(9, 1), torch.cat((prompt(5, 2), prompt(4, 7))))
     assert_same(cache, encoded(model, *wholes))
-    torch.testing.assert_close(logits(model, cache.select([1]))[0], logits(model, encoded(model, prompt(9, 1)))[0])
+    alone = logits(model, encoded(model, prompt(9, 1)))[0]
+    torch.testing.assert_close(logits(model, cache.select([1]))[0], alone, atol=2e-4, rtol=1e-3)
     assert cache.select([0, 1, 2]) is cache
 
 

@@ -95,14 +95,14 @@ def test_adapted_is_the_dense_sum_and_so_is_merged(seed: int) -> None:
     oracle = through(plain, wanted, seed)
     assert max(distance(a, b) for a, b in zip(logits(plain, seed), oracle, strict=True)) > 0.05
     for ours, theirs in zip(logits(model, seed), oracle, strict=True):
-        assert distance(ours, theirs) < 1e-4
+        assert distance(ours, theirs) < 5e-4
     merge_lora(model)
     merged = model.state_dict()
     assert list(merged) == list(plain.state_dict())
     for name, tensor in wanted.items():
         torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=1e-5)
     for ours, theirs in zip(logits(model, seed), oracle, strict=True):
-        assert distance(ours, theirs) < 1e-4
+        assert distance(ours, theirs) < 5e-4
 
 
 def test_windows_and_full_layers_are_both_among_the_seeds() -> None:

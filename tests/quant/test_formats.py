@@ -1,6 +1,9 @@
 """Number formats: every code, encoding that cannot be bettered, products of packed matrices, quantising at load."""
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -164,6 +167,23 @@ def test_int8_rounds_activations_a_token_at_a_time(rows):
     through = x.clone().requires_grad_()
     stack.product(through, 1).sum().backward()
     torch.testing.assert_close(through.grad, stack.dense(1).sum(0).expand(rows, -1), rtol=1e-5, atol=1e-5)
+
+
+def test_sums_of_a_processor_that_cuts_them_off_are_not_used():
+    """oneDNN held to instructions that add two products in 16 bits: 127 times 127, twice, is more than they hold."""
+    code = (
+        "import torch; from dgemma.quant import integers;"
+        "x = torch.randint(-127, 128, (16, 256), dtype=torch.int8); w = torch.full((32, 256), 127, dtype=torch.int8);"
+        "exact = x.double() @ w.t().double();"
+        "assert torch.equal(integers.int_product(x, w.t()).double(), exact);"
+        "print(integers.sums_are_exact(), torch.equal(torch._int_mm(x, w.t()).double(), exact))"
+    )
+    for isa in ("AVX2", "DEFAULT"):
+        environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        trusted, right = done.stdout.split()
+        assert trusted == right
 
 
 @pytest.mark.parametrize("group", [32, 64])

@@ -74,17 +74,19 @@ def test_loss_and_gradients_equal_the_references(seed: int) -> None:
     expected, expected_causal = _reference_losses(theirs, batch, drawn)
     for got, wanted in ((loss, expected), (causal, expected_causal)):
         torch.testing.assert_close(got.mean(), wanted.mean(), atol=1e-5, rtol=1e-6)
-        torch.testing.assert_close(got, wanted, atol=1e-5 * wanted.mean().item(), rtol=1e-5)
+        torch.testing.assert_close(got, wanted, atol=3e-5 * wanted.mean().item(), rtol=3e-5)
 
     (loss.mean() + causal.mean()).backward()
     (expected.mean() + expected_causal.mean()).backward()
     grads = {released_name(name): p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    total = torch.nn.utils.get_total_norm(grads.values())
+    total, differences = torch.nn.utils.get_total_norm(grads.values()), []
     for name, parameter in ours.named_parameters():
         if not name.startswith("vision"):
             grad = grads[stored_name(name)]
             assert grad.norm() > 0
-            assert (parameter.grad - grad).norm() < 1e-5 * grad.norm() + 1e-8 * total, name
+            differences.append((parameter.grad - grad).norm())
+            assert differences[-1] < 3e-4 * grad.norm() + 3e-7 * total, name
+    assert torch.stack(differences).norm() < 3e-5 * total
 
 
 def test_without_the_causal_loss_nothing_else_changes() -> None:
