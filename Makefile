@@ -25,7 +25,7 @@ check: .venv/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-.venv/ready: pyproject.toml constraints.txt dgemma/kernels/decode.c
+.venv/ready: pyproject.toml constraints.txt $(wildcard dgemma/kernels/*.[ch])
 	$(PYTHON) -m venv .venv
 	$(PIP) --editable .
 	touch $@

@@ -3,19 +3,7 @@
    Two codes a byte become two planes, the low nibbles' columns and then the high ones'. Results are the plain ones' to
    the last bit. Loops are left to the compiler, which makes a version for each kind of processor. */
 
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EACH_PROCESSOR
-#endif
-
-enum {
-    PIECE = 1024, /* columns at a time, in the nearest cache */
-    FEW = 16      /* rows that are not worth a second thread */
-};
+#include "rows.h"
 
 static inline float power(int exponent) {
     uint32_t bits = (uint32_t)(exponent + 127) << 23;
@@ -35,19 +23,6 @@ static inline float e2m1(int code) {
     int exponent = code >> 1 & 3, normal = exponent > 0;
     float size = (float)((code & 1) + 2 * normal) * power(exponent + !normal - 2);
     return code & 8 ? -size : size;
-}
-
-static inline uint16_t bfloat16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
-static inline void put(void *out, int wide, int64_t at, const float *values, int count) {
-    if (wide)
-        memcpy((float *)out + at, values, 4 * (size_t)count);
-    else
-        for (int i = 0; i < count; i++) ((uint16_t *)out)[at + i] = bfloat16(values[i]);
 }
 
 EACH_PROCESSOR static void int4_row(const uint8_t *codes, const float *scale, void *out, int wide, int64_t at,
@@ -94,17 +69,26 @@ EACH_PROCESSOR static void fp8_row(const uint8_t *codes, float scale, void *out,
     }
 }
 
-EACH_PROCESSOR static void w4a8_row(const uint8_t *codes, const uint8_t *multiple, int8_t *out, int64_t bytes,
-                                    int64_t groups) {
-    int8_t each[PIECE];
+/* A code is at most 15, and so is a multiple: two products lie in 16 bits without touching each other. */
+EACH_PROCESSOR void w4a8_row(const uint8_t *codes, const uint8_t *multiple, int8_t *out, int64_t bytes,
+                             int64_t groups) {
+    uint8_t low[PIECE], high[PIECE], eights[PIECE];
+    uint16_t times[PIECE / 2], pairs[PIECE / 2], products[PIECE / 2];
     for (int64_t begin = 0; begin < groups; begin += PIECE / 8) {
         int count = 8 * (int)(groups - begin < PIECE / 8 ? groups - begin : PIECE / 8);
-        for (int i = 0; i < count; i++) each[i] = (int8_t)multiple[begin + i / 8];
-        for (int64_t first = 8 * begin; first < bytes; first += 8 * groups)
-            for (int i = 0; i < count; i++) {
-                out[first + i] = (int8_t)(((codes[first + i] & 15) - 8) * each[i]);
-                out[bytes + first + i] = (int8_t)(((codes[first + i] >> 4) - 8) * each[i]);
-            }
+        for (int at = 0; at < count / 8; at++) {
+            for (int i = 0; i < 4; i++) times[4 * at + i] = multiple[begin + at];
+            for (int i = 0; i < 8; i++) eights[8 * at + i] = (uint8_t)(8 * multiple[begin + at]);
+        }
+        for (int64_t first = 8 * begin; first < bytes; first += 8 * groups) {
+            memcpy(pairs, codes + first, (size_t)count);
+            for (int i = 0; i < count / 2; i++) products[i] = (uint16_t)((pairs[i] & 0x0f0f) * times[i]);
+            memcpy(low, products, (size_t)count);
+            for (int i = 0; i < count / 2; i++) products[i] = (uint16_t)((pairs[i] >> 4 & 0x0f0f) * times[i]);
+            memcpy(high, products, (size_t)count);
+            for (int i = 0; i < count; i++) out[first + i] = (int8_t)(low[i] - eights[i]);
+            for (int i = 0; i < count; i++) out[bytes + first + i] = (int8_t)(high[i] - eights[i]);
+        }
     }
 }
 

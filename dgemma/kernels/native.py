@@ -1,7 +1,7 @@
-"""Decoding in C, where a compiler was at hand when the package was installed; callers fall back on plain PyTorch.
+"""What is in C, where a compiler was at hand when the package was installed; callers fall back on plain PyTorch.
 
-Made of decode.c by setuptools, as an extension that may fail to build. It calls OpenMP without being linked to it, and
-so finds the threads of torch, which has to be imported before.
+Made by setuptools of decode.c and products.c, as an extension that may fail to build. It calls OpenMP without being
+linked to it, and so finds the threads of torch, which has to be imported before.
 """
 
 import ctypes
@@ -17,9 +17,9 @@ _DTYPES = (torch.bfloat16, torch.float32)
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The functions of decode.c, or None where they were not built or cannot be loaded."""
+    """The functions, or None where they were not built or cannot be loaded."""
     for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_decode{suffix}")
+        path = Path(__file__).with_name(f"_native{suffix}")
         if path.exists():
             try:
                 return ctypes.CDLL(str(path))
@@ -62,6 +62,36 @@ def w4a8(codes: Tensor, multiple: Tensor) -> Tensor:
     return out
 
 
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [n, in] and float32 scales [n, 1] of bfloat16 or float32 rows."""
+    codes, scale = torch.empty_like(x, dtype=torch.int8), torch.empty(len(x), 1)
+    _call("quantise", x, x.dtype, codes, scale, *x.shape)
+    return codes, scale
+
+
+def has_dot_products() -> bool:
+    """Whether the processor has the instructions that `grouped_int8` is written for."""
+    found = library()
+    return found is not None and bool(found.dot_products())
+
+
+def grouped_int8(x: Tensor, own: Tensor, counts: Tensor, dtype: torch.dtype, codes: Tensor, *rest: Tensor) -> Tensor:
+    """[n, out] in `dtype` of int8 rows x [n, in] with scales [n, 1], sorted by expert, so many for each.
+
+    codes and rest: int8 [E, out, in] and units [E, out, 1]; or w4a8's codes, multiples and units.
+    """
+    *multiple, units = rest
+    out = x.new_empty(len(x), codes.shape[-2], dtype=dtype)
+    offsets = torch.zeros(len(codes) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    higher = x.contiguous().view(torch.uint8) ^ 128
+    where = multiple[0] if multiple else None
+    groups = multiple[0].shape[-1] if multiple else 0
+    sizes = (len(codes), codes.shape[-2], x.shape[-1], groups)
+    _call("grouped_int8", higher, own, offsets, codes, where, units.float(), out, dtype, *sizes)
+    return out
+
+
 def _out(codes: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(*codes.shape[:-1], columns * codes.shape[-1], dtype=dtype)
 
@@ -70,13 +100,13 @@ def _rows(codes: Tensor) -> int:
     return codes[..., 0].numel()
 
 
-def _call(name: str, *arguments: Tensor | torch.dtype | int) -> None:
+def _call(name: str, *arguments: Tensor | torch.dtype | int | None) -> None:
     found = library()
     assert found is not None
     converted: list[ctypes.c_void_p | ctypes.c_int | ctypes.c_int64] = []
     for value in arguments:
-        if isinstance(value, Tensor):
-            converted.append(ctypes.c_void_p(value.data_ptr()))
+        if value is None or isinstance(value, Tensor):
+            converted.append(ctypes.c_void_p(None if value is None else value.data_ptr()))
         elif isinstance(value, torch.dtype):
             converted.append(ctypes.c_int(value == torch.float32))
         else:

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from dgemma.kernels import native
+
 E4M3_MAX = 448.0
 NVFP4_GROUP = 16
 """Columns that share a scale."""
@@ -87,6 +89,8 @@ def packed_four_bits(weight: Tensor, scale: Tensor) -> Tensor:
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 [n, in] and float32 scales [n, 1]: the largest of a row becomes ±127."""
+    if native.fits(x.dtype, x):
+        return native.quantise_rows(x)
     wide = x.float()
     scale = wide.abs().amax(-1, keepdim=True).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
     return (wide / scale).round_().to(torch.int8), scale

@@ -58,8 +58,10 @@ class Integers(Packed):
         learning = torch.is_grad_enabled() and x.requires_grad
         if not self.activations or x.device.type != "cpu" or learning:
             return super().grouped(x, counts)
-        sizes = counts.tolist()
         rounded, own = quantise_rows(x)
+        if native.fits(x.dtype, *self.buffers()) and native.has_dot_products():
+            return native.grouped_int8(self.arrange(rounded), own, counts, x.dtype, *self.buffers())
+        sizes = counts.tolist()
         y = x.new_empty(len(x), self.shape[-2])
         parts = zip(self.arrange(rounded).split(sizes), own.split(sizes), y.split(sizes), strict=True)
         for expert, (rows, scale, out) in enumerate(parts):

@@ -1,4 +1,4 @@
-"""Decoding in C beside its plain twin: the same bits."""
+"""What is in C beside its plain twins: the same bits."""
 
 import shutil
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dgemma.kernels import native
+from dgemma.kernels.numbers import quantise_rows
 from dgemma.quant.formats import FORMATS
 from dgemma.quant.packed import Packed
 
@@ -22,6 +23,10 @@ def _built() -> None:
 
 def bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def random_parts(kind: str, shape: tuple[int, ...], group: int, seed: int) -> dict[str, Tensor]:
@@ -94,3 +99,50 @@ def test_parts_that_do_not_lie_in_a_row_go_the_plain_way() -> None:
     assert not native.fits(torch.float32, *matrix.buffers())
     copied = FORMATS["fp8"]((8, 64), torch.float32, codes=apart.contiguous(), scale=parts["scale"])
     assert torch.equal(matrix.dense(), copied.dense())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_are_rounded_to_the_same_numbers(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    for rows, columns in ((1, 5), (3, 1024), (40, 2816), (2, 3000)):
+        x = (random(rows, columns, seed=rows) * torch.logspace(-4, 4, rows)[:, None]).to(dtype)
+        x[-1, 0] = 0
+        x[0, :2] = torch.tensor([1.0, -1.0]) * x[0].abs().max()
+        if rows > 2:
+            x[1] = 0
+        codes, scale = quantise_rows(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "library", lambda: None)
+            plain_codes, plain_scale = quantise_rows(x)
+        assert torch.equal(codes, plain_codes)
+        assert torch.equal(scale, plain_scale)
+
+
+def test_a_row_with_no_number_has_no_scale() -> None:
+    x = random(3, 2000)
+    x[1, 7] = torch.nan
+    assert quantise_rows(x)[1].isnan().flatten().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["int8", "w4a8"])
+def test_experts_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype) -> None:
+    if not native.has_dot_products():
+        pytest.skip("this processor has no products of 8-bit numbers with 32-bit sums")
+    options = {"activations": True} if kind == "int8" else {}
+    for (out, columns), counts in zip(
+        [(10, 128), (7, 2816), (64, 96)], [[7, 0, 4], [1, 2, 13], [0, 0, 1]], strict=True
+    ):
+        if kind == "int8":
+            columns += 3  # no whole number of vectors
+            codes = torch.randint(-127, 128, (3, out, columns), dtype=torch.int8)
+            parts = {"codes": codes, "scale": random(3, out, 1).abs().bfloat16()}
+        else:
+            parts = random_parts(kind, (3, out, columns), 32, out)
+        stack = FORMATS[kind]((3, out, columns), dtype, **options, **parts)
+        x = random(sum(counts), columns, seed=1).to(dtype)
+        found = stack.grouped(x, torch.tensor(counts))
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "has_dot_products", lambda: False)
+            assert torch.equal(found, stack.grouped(x, torch.tensor(counts)))
+        exact = torch.cat([rows.double() @ stack.dense(e).double().t() for e, rows in enumerate(x.split(counts))])
+        assert (found - exact).square().mean() < 3e-4 * exact.square().mean()
