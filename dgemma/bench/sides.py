@@ -77,8 +77,11 @@ class Ours(_Timed):
     def __init__(self, directory: str, device: str, threads: int, tokens: int, quantize: str | None = None):
         super().__init__(device, threads, tokens)
         from dgemma.checkpoints.load import load_model
+        from dgemma.memory import keep_freed_memory
 
         self.model = load_model(directory, device, quantize=quantize)
+        if device == "cpu":  # as `dgemma.load` does
+            keep_freed_memory()
         self.vocab_size = self.model.config.vocab_size
 
     def trajectory(self, steps: int) -> list[list[list[int]]]:

@@ -179,7 +179,7 @@ class Ours(_Training):
         super().__init__(**options)
         from dgemma.checkpoints.load import load_model
         from dgemma.train.loop import Run
-        from dgemma.train.memory import keep_freed_memory
+        from dgemma.memory import keep_freed_memory
         from dgemma.train.objective import Batch
         from dgemma.train.options import TrainOptions
 

@@ -20,6 +20,7 @@ from dgemma.config import ModelConfig
 from dgemma.evals import conversations, tasks
 from dgemma.evals.measure import Checker, measure, summary
 from dgemma.language_model import LanguageModel, load
+from dgemma.memory import keep_freed_memory
 from dgemma.model.lora import Lora, add_lora, pairs
 from dgemma.model.network import DiffusionGemma
 from dgemma.quant.modules import matrices
@@ -28,7 +29,6 @@ from dgemma.text.chat import ChatTemplate
 from dgemma.text.tokenizer import Tokenizer
 from dgemma.train.log import RunLog
 from dgemma.train.loop import Run, read_state, train
-from dgemma.train.memory import keep_freed_memory
 from dgemma.train.options import Recipe
 from dgemma.train.sources import levels_of, open_sources
 
