@@ -382,7 +382,8 @@ def load(
     device: "auto" takes a CUDA device if there is one; dtype: "auto" is the file's own, or "float32", "bfloat16",
     "float16". quantize: "int8", "fp8", "int4", "w4a8", "nvfp4" or a Quantization keeps attention, dense MLPs and
     experts of a file that is not quantised in fewer bits. kv_cache: "int8" or "fp8" keeps keys and values of encoded
-    tokens in 8 bits; None in the model's dtype. On a CPU, malloc is told to keep freed memory. Errors name, in one line, the file, tensor or value and say what to do.
+    tokens in 8 bits; None in the model's dtype. On a CPU, malloc is told to keep freed memory.
+    Errors name, in one line, the file, tensor or value and say what to do.
     """
     pages = page_format(kv_cache)
     folders = folders_of(resolve(source))

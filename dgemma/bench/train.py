@@ -178,8 +178,8 @@ class Ours(_Training):
     def __init__(self, directory: str, **options: Any):
         super().__init__(**options)
         from dgemma.checkpoints.load import load_model
-        from dgemma.train.loop import Run
         from dgemma.memory import keep_freed_memory
+        from dgemma.train.loop import Run
         from dgemma.train.objective import Batch
         from dgemma.train.options import TrainOptions
 
