@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dgemma.decoding.constraint import Guide, TokenAutomaton
 from dgemma.decoding.vocabulary import NEVER, Reading, joined, log2_weights_, read
+from dgemma.kernels import native
 from dgemma.model.head import TiedEmbedding
 
 TILE_BYTES = 8 << 20
@@ -34,23 +35,63 @@ def read_guided(
     fed back the marginals, which are sure early, trained models settled on texts of the wrong length (docs/log.md).
     Positions behind the guide's length are bound by nothing.
     """
-    n, a = guide.length, guide.automaton
-    order = torch.from_numpy(a.order).to(states.device)
+    n = guide.length
     scores = head.scores_by_token(states[0, :n])
+    solved = _natively if native.fits(scores.dtype, scores) else _plainly
+    draws = uniform[0, :n].double().numpy(force=True)
+    best, entropy, proposal, free, total = solved(scores, head.cap, temperature, draws, guide, bound, soft)
+    expected = None
+    if free is not None:
+        expected = (head.expected(free.T)[None] * (head.scale / total)[None, :, None]).to(states.dtype)
+    best, entropy, proposal = (x[None].to(scores.device) for x in (best, entropy, proposal))
+    found = Reading(best, entropy, proposal, expected)
+    if n == states.shape[1]:
+        return found
+    return joined([found, read(head, states[:, n:], temperature, uniform[:, n:], soft)], 1)
+
+
+Solved = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
+"""best, entropy, proposal [N]; the weights without a constraint, [V, N], over the greatest; and their sums [N]."""
+
+
+def _natively(
+    scores: Tensor, cap: float, temperature: Tensor, draws: np.ndarray, guide: Guide, bound: float, soft: bool
+) -> Solved:
+    """`_plainly` in three passes over scores [V, N]."""
+    kinds = guide.automaton.table.shape[1]
+    read = native.ByClass(scores, torch.from_numpy(guide.automaton.classes), kinds, cap, temperature)
+    peaks, sums = read.peaks.double().numpy(), torch.maximum(read.sums, read.peaks).double().numpy()
+    peaks[:, 0] = sums[:, 0] = NEVER
+    solution = guide.solve(sums, peaks, draws)
+    bonus, chosen = torch.from_numpy(solution.bonus), torch.from_numpy(solution.best)
+    best, entropy, free, total = read.believe(bonus, chosen, soft)
+    drawn = np.zeros_like(solution.drawn)
+    taken = _acceptable(entropy.numpy(), guide, bound)
+    drawn[taken] = solution.drawn[taken]
+    proposal = read.draw(torch.from_numpy(drawn), torch.from_numpy(solution.left))
+    return best, entropy, torch.where(proposal < 0, best, proposal), free, total
+
+
+def _plainly(
+    scores: Tensor, cap: float, temperature: Tensor, draws: np.ndarray, guide: Guide, bound: float, soft: bool
+) -> Solved:
+    """From scores [V, N] on: sums by class, the solution, and what is believed then."""
+    n, a = guide.length, guide.automaton
+    order = torch.from_numpy(a.order).to(scores.device)
     columns = max(1, TILE_BYTES // (4 * len(scores)))
     tiles = [slice(i, min(n, i + columns)) for i in range(0, n, columns)]
 
     def z(places: slice | Tensor) -> Tensor:
         """log2 weights, [V, places]."""
-        return log2_weights_(scores[:, places].to(torch.float32, copy=True), head.cap, temperature)
+        return log2_weights_(scores[:, places].to(torch.float32, copy=True), cap, temperature)
 
     peaks, sums = (np.full((n, a.table.shape[1]), NEVER) for _ in range(2))
     for tile in tiles:
         peaks[tile, 1:], sums[tile, 1:] = by_class(z(tile).index_select(0, order), a)
-    solution = guide.solve(sums, peaks, uniform[0, :n].double().numpy(force=True))
+    solution = guide.solve(sums, peaks, draws)
 
     at = torch.empty(n, dtype=torch.int64)
-    entropy, total = (torch.empty(1, n, device=scores.device) for _ in range(2))
+    entropy, total = (torch.empty(n, device=scores.device) for _ in range(2))
     bonus = torch.from_numpy(solution.bonus[:, 1:].T.astype(np.float32)).to(scores.device)
     sizes = torch.from_numpy(np.diff(a.bounds)).to(scores.device)
     free = torch.empty_like(scores) if soft else None
@@ -61,25 +102,19 @@ def read_guided(
         weights = beliefs.sub_(top).exp2()
         mass = weights.sum(0)
         # H = log Z - E[log weight]
-        entropy[0, tile] = mass.log() - math.log(2) * beliefs.mul_(weights).sum(0) / mass
+        entropy[tile] = mass.log() - math.log(2) * beliefs.mul_(weights).sum(0) / mass
         if free is not None:
             free[:, tile] = own.sub_(own.amax(0)).exp2_()
-            total[0, tile] = own.sum(0)
+            total[tile] = own.sum(0)
     live = lambda places: z(places).index_select(0, order)  # noqa: E731
     # The likeliest token of all is nearly always of the likeliest class.
     best = torch.from_numpy(a.order[at.numpy()])
     others = (a.classes[best] != solution.best).nonzero()[0]
     best[others] = _chosen(live, a, others, solution.best, lambda rows, places: rows.argmax(0))
     proposal, left = best.clone(), torch.from_numpy(solution.left).to(scores.device)
-    taken = _acceptable(entropy[0].numpy(force=True), guide, bound)
+    taken = _acceptable(entropy.numpy(force=True), guide, bound)
     proposal[taken] = _chosen(live, a, taken, solution.drawn, lambda rows, places: _draw(rows, left[places]))
-    expected = None
-    if free is not None:
-        expected = (head.expected(free.T)[None] * (head.scale / total)[..., None]).to(states.dtype)
-    found = Reading(best[None].to(scores.device), entropy, proposal[None].to(scores.device), expected)
-    if n == states.shape[1]:
-        return found
-    return joined([found, read(head, states[:, n:], temperature, uniform[:, n:], soft)], 1)
+    return best, entropy, proposal, free, total
 
 
 def _acceptable(entropy: np.ndarray, guide: Guide, bound: float) -> np.ndarray:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dgemma.kernels import native
 from dgemma.model.head import TiedEmbedding
 
 GROUP_BYTES, GROUP_ROWS = 16 << 20, 128
@@ -63,37 +64,54 @@ def read(
     x, u = states.reshape(-1, hidden), uniform.reshape(-1)
     t = temperature[:, None].expand(shape).reshape(-1, 1)
     group = max(GROUP_ROWS, GROUP_BYTES // (x.element_size() * size))
-    tile = max(1, min(len(x), TILE_BYTES // (4 * size)))
-    best, entropy, total = torch.empty_like(u, dtype=torch.int64), torch.empty_like(u), torch.empty_like(u)
-    proposal = torch.empty_like(best)
+    best, proposal = torch.empty_like(u, dtype=torch.int64), torch.empty_like(u, dtype=torch.int64)
+    entropy, total = torch.empty_like(u), torch.empty_like(u)
     expected = torch.empty_like(x) if soft else None
-    # Beyond the vocabulary, up to whole blocks, nothing has a weight.
-    padded = -(-size // BLOCK) * BLOCK
-    exponents = x.new_full((tile, padded), -math.inf, dtype=torch.float32)
-    weights = x.new_zeros(tile, padded, dtype=torch.float32)
     for first in range(0, len(x), group):
-        scores = head.scores(x[first : first + group])
-        for start in range(0, len(scores), tile):
-            part = scores[start : start + tile]
-            n, rows = len(part), slice(first + start, first + start + len(part))
-            z, w = exponents[:n, :size], weights[:n, :size]
-            log2_weights_(z.copy_(part), head.cap, t[rows])
-            if banned is not None:
-                z[:, banned[0]] = z[:, banned[0]].masked_fill(banned[1].flatten(0, 1)[rows], NEVER)
-            best[rows], top = maximum(exponents[:n])
-            torch.exp2(z.sub_(top), out=w)
-            total[rows] = w.sum(-1)
-            proposal[rows] = inverse_cdf(weights[:n], u[rows] * total[rows], size)
-            if expected is not None:
-                part.copy_(w)
-            # H = log Z - E[log weight]
-            entropy[rows] = total[rows].log() - math.log(2) * z.mul_(w).sum(-1) / total[rows]
+        rows = slice(first, first + group)
+        scores = head.scores(x[rows])
+        if banned is None and native.fits(scores.dtype, scores):
+            found = native.read_rows(scores, head.cap, t[rows], u[rows])
+        else:
+            found = weigh_(scores, head.cap, t[rows], u[rows], banned and (banned[0], banned[1].flatten(0, 1)[rows]))
+        best[rows], proposal[rows], entropy[rows], total[rows] = found
         if expected is not None:
-            rows = slice(first, first + group)
             expected[rows] = head.expected(scores) * (head.scale / total[rows])[:, None]
         del scores  # before the next ones are made: the allocator then uses the same memory again
     view = lambda y: y.view(*shape)  # noqa: E731
     return Reading(view(best), view(entropy), view(proposal), None if expected is None else expected.view_as(states))
+
+
+def weigh_(
+    scores: Tensor, cap: float, temperature: Tensor, uniform: Tensor, banned: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(best, proposal, entropy, total) [N] of scores [N, V], in whose place the weights are left, the greatest 1.
+
+    temperature [N, 1], uniform [N]; banned: tokens [M], bool [N, M].
+    """
+    size = scores.shape[1]
+    tile = max(1, min(len(scores), TILE_BYTES // (4 * size)))
+    best, proposal = torch.empty_like(uniform, dtype=torch.int64), torch.empty_like(uniform, dtype=torch.int64)
+    entropy, total = torch.empty_like(uniform), torch.empty_like(uniform)
+    # Beyond the vocabulary, up to whole blocks, nothing has a weight.
+    padded = -(-size // BLOCK) * BLOCK
+    exponents = scores.new_full((tile, padded), -math.inf, dtype=torch.float32)
+    weights = scores.new_zeros(tile, padded, dtype=torch.float32)
+    for start in range(0, len(scores), tile):
+        part = scores[start : start + tile]
+        n, rows = len(part), slice(start, start + len(part))
+        z, w = exponents[:n, :size], weights[:n, :size]
+        log2_weights_(z.copy_(part), cap, temperature[rows])
+        if banned is not None:
+            z[:, banned[0]] = z[:, banned[0]].masked_fill(banned[1][rows], NEVER)
+        best[rows], top = maximum(exponents[:n])
+        torch.exp2(z.sub_(top), out=w)
+        total[rows] = w.sum(-1)
+        proposal[rows] = inverse_cdf(weights[:n], uniform[rows] * total[rows], size)
+        part.copy_(w)
+        # H = log Z - E[log weight]
+        entropy[rows] = total[rows].log() - math.log(2) * z.mul_(w).sum(-1) / total[rows]
+    return best, proposal, entropy, total
 
 
 NEVER = -1e30

@@ -36,8 +36,8 @@ EACH_PROCESSOR static void int4_row(const uint8_t *codes, const float *scale, vo
             low[i] = (float)((codes[first + i] & 15) - 8) * each[i];
             high[i] = (float)((codes[first + i] >> 4) - 8) * each[i];
         }
-        put(out, wide, at + first, low, count);
-        put(out, wide, at + bytes + first, high, count);
+        store(out, wide, at + first, low, count);
+        store(out, wide, at + bytes + first, high, count);
     }
 }
 
@@ -54,8 +54,8 @@ EACH_PROCESSOR static void nvfp4_row(const uint8_t *codes, const uint8_t *scale,
             low[i] = e2m1(codes[first + i] & 15) * each[i];
             high[i] = e2m1(codes[first + i] >> 4) * each[i];
         }
-        put(out, wide, at + first, low, count);
-        put(out, wide, at + bytes + first, high, count);
+        store(out, wide, at + first, low, count);
+        store(out, wide, at + bytes + first, high, count);
     }
 }
 
@@ -65,7 +65,7 @@ EACH_PROCESSOR static void fp8_row(const uint8_t *codes, float scale, void *out,
     for (int64_t first = 0; first < columns; first += PIECE) {
         int count = columns - first < PIECE ? (int)(columns - first) : PIECE;
         for (int i = 0; i < count; i++) values[i] = e4m3(codes[first + i]) * scale;
-        put(out, wide, at + first, values, count);
+        store(out, wide, at + first, values, count);
     }
 }
 

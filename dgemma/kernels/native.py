@@ -1,10 +1,11 @@
 """What is in C, where a compiler was at hand when the package was installed; callers fall back on plain PyTorch.
 
-Made by setuptools of decode.c and products.c, as an extension that may fail to build. It calls OpenMP without being
+Made by setuptools of the .c files beside it, as an extension that may fail to build. It calls OpenMP without being
 linked to it, and so finds the threads of torch, which has to be imported before.
 """
 
 import ctypes
+import math
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.bfloat16, torch.float32)
+LANES = 32
+"""Columns that vocabulary.c looks at together."""
 
 
 @cache
@@ -90,6 +93,73 @@ def grouped_int8(x: Tensor, own: Tensor, counts: Tensor, dtype: torch.dtype, cod
     sizes = (len(codes), codes.shape[-2], x.shape[-1], groups)
     _call("grouped_int8", higher, own, offsets, codes, where, units.float(), out, dtype, *sizes)
     return out
+
+
+def read_rows(scores: Tensor, cap: float, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
+    """(best, proposal, entropy, total) [N] of scores [N, V], in whose place the weights are left, the greatest 1.
+
+    temperature [N, 1], uniform [N]; as `decoding.vocabulary.weigh_`, its twin.
+    """
+    n, size = scores.shape
+    best, proposal = (torch.empty(n, dtype=torch.int64) for _ in range(2))
+    entropy, total = (torch.empty(n) for _ in range(2))
+    inner, outer = _capped(cap, temperature.float())
+    drawn = uniform.float().contiguous()
+    _call("read_rows", scores, scores.dtype, n, size, inner, outer, drawn, best, proposal, entropy, total)
+    return best, proposal, entropy, total
+
+
+class ByClass:
+    """One canvas's scores [V, N], token by position, and what the classes of their tokens, int32 [V], make of them.
+
+    peaks and log2 sums of the weights 2^z of each class, [N, kinds].
+    """
+
+    def __init__(self, scores: Tensor, classes: Tensor, kinds: int, cap: float, temperature: Tensor):
+        self.scores, self.classes, self.kinds = scores, classes, kinds
+        self.inner, self.outer = _capped(cap, temperature.float().view(1))
+        self.chunks = -(-scores.shape[1] // LANES)
+        self._peaks, sums = (torch.empty(self.chunks, kinds, LANES) for _ in range(2))
+        self._over("weigh_classes", self._peaks, sums)
+        self.peaks = self._by_position(self._peaks)
+        self.sums = self._by_position(sums).log2() + self.peaks[:, 1:].amax(1, keepdim=True) - 90
+
+    def believe(self, bonus: Tensor, chosen: Tensor, soft: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """The likeliest token of the chosen class and the entropy with a bonus [N, kinds] for each class, [N]; the
+        weights without it [V, N], if `soft`, and their total [N]."""
+        best, chosen = self._new(torch.int32), self._padded(chosen.int())
+        entropy, total = self._new(torch.float32), self._new(torch.float32)
+        free = torch.empty_like(self.scores) if soft else None
+        gain = self._padded(bonus.float()).view(self.chunks, LANES, self.kinds).transpose(1, 2).contiguous()
+        self._over("believe", self._peaks, gain, chosen, best, entropy, free, total)
+        n = self.scores.shape[1]
+        return best[:n].long(), entropy[:n], free, total[:n]
+
+    def draw(self, drawn: Tensor, left: Tensor) -> Tensor:
+        """A token of the drawn class of each position, at a share `left` of its weights, [N]; -1 for class 0."""
+        tokens = self._new(torch.int32)
+        self._over("draw", self._peaks, self._padded(drawn.int()), self._padded(left.float()), tokens)
+        return tokens[: self.scores.shape[1]].long()
+
+    def _over(self, name: str, *arguments: Tensor | None) -> None:
+        size, columns = self.scores.shape
+        about = (self.scores, self.scores.dtype, self.classes, self.inner, self.outer, size, columns, self.kinds)
+        _call(name, *about, *arguments)
+
+    def _new(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.chunks * LANES, dtype=dtype)
+
+    def _padded(self, values: Tensor) -> Tensor:
+        rest = self.chunks * LANES - len(values)
+        return torch.cat((values, values.new_zeros(rest, *values.shape[1:])))
+
+    def _by_position(self, values: Tensor) -> Tensor:
+        return values.transpose(1, 2).reshape(-1, self.kinds)[: self.scores.shape[1]]
+
+
+def _capped(cap: float, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """What a score, and what 1 / (2^that + 1), is multiplied by for the logarithm of its weight."""
+    return torch.tensor([2 / (cap * math.log(2))]), -2 * cap / math.log(2) / temperature
 
 
 def _out(codes: Tensor, columns: int, dtype: torch.dtype) -> Tensor:

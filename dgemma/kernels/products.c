@@ -12,7 +12,8 @@ EACH_PROCESSOR static void quantise_row(const void *x, int wide, int8_t *codes, 
     const float whole = 12582912.0f;
     float most = 0, values[PIECE];
     for (int64_t first = 0; first < columns; first += PIECE) {
-        int count = get(x, wide, first, columns, values);
+        int count = columns - first < PIECE ? (int)(columns - first) : PIECE;
+        load(x, wide, first, values, count);
         for (int i = 0; i < count; i++) {
             float size = values[i] < 0 ? -values[i] : values[i];
             most = size > most || size != size ? size : most;
@@ -21,7 +22,8 @@ EACH_PROCESSOR static void quantise_row(const void *x, int wide, int8_t *codes, 
     most = most / 127;
     *scale = most < FLT_MIN ? FLT_MIN : most;
     for (int64_t first = 0; first < columns; first += PIECE) {
-        int count = get(x, wide, first, columns, values);
+        int count = columns - first < PIECE ? (int)(columns - first) : PIECE;
+        load(x, wide, first, values, count);
         for (int i = 0; i < count; i++) codes[first + i] = (int8_t)(int32_t)(values[i] / *scale + whole - whole);
     }
 }

@@ -1,4 +1,4 @@
-/* What decode.c and products.c share. */
+/* What the other files share: rows of numbers in bfloat16 or, if wide, float32. */
 
 #pragma once
 
@@ -22,16 +22,14 @@ static inline uint16_t bfloat16(float value) {
     return value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-static inline void put(void *out, int wide, int64_t at, const float *values, int count) {
+static inline void store(void *out, int wide, int64_t at, const float *values, int count) {
     if (wide)
         memcpy((float *)out + at, values, 4 * (size_t)count);
     else
         for (int i = 0; i < count; i++) ((uint16_t *)out)[at + i] = bfloat16(values[i]);
 }
 
-/* Up to PIECE of `columns` numbers, from `at` on; how many. */
-static inline int get(const void *x, int wide, int64_t at, int64_t columns, float *values) {
-    int count = columns - at < PIECE ? (int)(columns - at) : PIECE;
+static inline void load(const void *x, int wide, int64_t at, float *values, int count) {
     if (wide)
         memcpy(values, (const float *)x + at, 4 * (size_t)count);
     else
@@ -39,7 +37,6 @@ static inline int get(const void *x, int wide, int64_t at, int64_t columns, floa
             uint32_t bits = (uint32_t)((const uint16_t *)x)[at + i] << 16;
             memcpy(values + i, &bits, 4);
         }
-    return count;
 }
 
 /* Words of eight codes, those of all groups side by side, times the groups' multiples, to int8 [2, bytes]. */

@@ -18,6 +18,7 @@ from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.decoding import blocks, sampler, vocabulary
 from dgemma.decoding.blocks import Request
 from dgemma.decoding.denoise import Canvas
+from dgemma.kernels import native
 from dgemma.model import attention
 from dgemma.model.cache import Cache
 from dgemma.model.experts import Experts
@@ -133,7 +134,7 @@ def soft_cap_in_bfloat16() -> list[Change]:
         capped = torch.tanh(scores.bfloat16() / cap) * cap
         return scores.copy_(capped / temperature / math.log(2))
 
-    return [(vocabulary, "log2_weights_", rounded)]
+    return [(vocabulary, "log2_weights_", rounded), (native, "fits", lambda *parts: False)]
 
 
 def soft_cap_after_temperature() -> list[Change]:

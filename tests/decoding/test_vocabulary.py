@@ -8,6 +8,7 @@ from torch import Tensor
 from dgemma.config import FULL, ModelConfig
 from dgemma.decoding import vocabulary
 from dgemma.decoding.vocabulary import BLOCK, inverse_cdf, read
+from dgemma.kernels import native
 from dgemma.model.head import TiedEmbedding
 
 
@@ -16,6 +17,14 @@ def head(size: int, cap: float = 30.0, hidden: int = 12) -> TiedEmbedding:
     embedding = TiedEmbedding(config)
     randomise(embedding, 0)
     return embedding.requires_grad_(False)
+
+
+@pytest.fixture(params=["in C", "in PyTorch"], autouse=True)
+def _both_ways(request, monkeypatch):
+    if request.param == "in PyTorch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("there was no compiler when this was installed")
 
 
 def padded(weights: Tensor) -> Tensor:

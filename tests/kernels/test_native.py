@@ -2,10 +2,14 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from dgemma.decoding import guided
+from dgemma.decoding.constraint import Guide, TokenAutomaton
+from dgemma.decoding.vocabulary import weigh_
 from dgemma.kernels import native
 from dgemma.kernels.numbers import quantise_rows
 from dgemma.quant.formats import FORMATS
@@ -146,3 +150,58 @@ def test_experts_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, kind: str, 
             assert torch.equal(found, stack.grouped(x, torch.tensor(counts)))
         exact = torch.cat([rows.double() @ stack.dense(e).double().t() for e, rows in enumerate(x.split(counts))])
         assert (found - exact).square().mean() < 3e-4 * exact.square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [5, 31, 512, 1000, 33000])
+def test_rows_of_scores_are_read_alike(size: int, dtype: torch.dtype) -> None:
+    n = 40
+    scores = (random(n, size) * torch.linspace(0.1, 60, n)[:, None]).to(dtype)
+    temperature, uniform = torch.linspace(0.4, 1.0, n)[:, None], torch.linspace(0, 1 - 2**-24, n)
+    weights, plain_weights = scores.clone(), scores.clone()
+    best, proposal, entropy, total = native.read_rows(weights, 30.0, temperature, uniform)
+    expected = weigh_(plain_weights, 30.0, temperature, uniform)
+    torch.testing.assert_close(entropy, expected[2], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(total, expected[3], rtol=2e-5, atol=0)
+    torch.testing.assert_close(weights, plain_weights, rtol=1e-2 if dtype == torch.bfloat16 else 2e-5, atol=1e-30)
+    assert (weights.gather(1, best[:, None]) == 1).all()
+    ends = plain_weights.double().cumsum(-1) / plain_weights.double().sum(-1, keepdim=True)
+    far = (ends - uniform[:, None]).abs().amin(-1) > (2e-3 if dtype == torch.bfloat16 else 1e-5)
+    assert far.sum() > 5
+    assert torch.equal(proposal[far], expected[1][far])
+    assert (plain_weights.gather(1, proposal[:, None]) > 0).all()
+
+
+def test_scores_that_are_no_numbers_end_in_some_token() -> None:
+    scores = random(2, 100)
+    scores[0] = torch.nan
+    best, proposal, entropy, _ = native.read_rows(scores, 30.0, torch.ones(2, 1), torch.tensor([0.5, 0.5]))
+    assert ((best >= 0) & (best < 100) & (proposal >= 0) & (proposal < 100)).all()
+    assert entropy.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [3, 32, 70])
+def test_canvases_that_keep_to_an_automaton_are_read_alike(
+    monkeypatch: pytest.MonkeyPatch, length: int, dtype: torch.dtype
+) -> None:
+    rng = np.random.default_rng(length)
+    size, kinds, states = 900, 12, 5
+    classes = rng.integers(0, kinds, size).astype(np.int32)
+    classes[300:600] = 3  # a class of many, beside those of few
+    table = rng.integers(0, states, (states, kinds)).astype(np.int32)
+    table[:, 0] = -1
+    automaton = TokenAutomaton(classes, table, np.ones(states, bool))
+    guide = Guide(automaton, 0, automaton.done, {1: int((classes == 5).argmax())}, length)
+    scores = (random(size, length, seed=length) * 8).to(dtype)
+    draws = rng.random(length)
+    arguments = (scores, 30.0, torch.tensor([0.6]), draws, guide, 1e9, True)
+    best, entropy, proposal, free, total = guided._natively(*arguments)
+    wanted = guided._plainly(*arguments)
+    assert torch.equal(best, wanted[0])
+    torch.testing.assert_close(entropy, wanted[1], atol=3e-5, rtol=3e-5)
+    torch.testing.assert_close(free, wanted[3], rtol=1e-2 if dtype == torch.bfloat16 else 3e-5, atol=1e-30)
+    torch.testing.assert_close(total, wanted[4], rtol=3e-5, atol=0)
+    assert (proposal == wanted[2]).float().mean() > 0.9  # but where a draw falls beside a border, and the path changes
+    for tokens in (best, proposal):
+        assert automaton.after(tokens.tolist()) >= 0
