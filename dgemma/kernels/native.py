@@ -40,35 +40,35 @@ def fits(dtype: torch.dtype, *parts: Tensor) -> bool:
 def int4(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., 2 * bytes] in `dtype` of uint8 codes [..., bytes] and scales [..., groups] of 16 bytes or more."""
     out, bytes = _out(codes, 2, dtype), codes.shape[-1]
-    _call("int4", codes, scale.float(), out, dtype, _rows(codes), bytes, scale.shape[-1])
+    call("int4", codes, scale.float(), out, dtype, _rows(codes), bytes, scale.shape[-1])
     return out
 
 
 def nvfp4(codes: Tensor, scale: Tensor, factor: Tensor, divide: bool, dtype: torch.dtype) -> Tensor:
     """As `int4`, with e4m3 scales [..., bytes / 8] that are divided by, or times, float32 factors [..., 1]."""
     out = _out(codes, 2, dtype)
-    _call("nvfp4", codes, scale, factor, int(divide), out, dtype, _rows(codes), codes.shape[-1])
+    call("nvfp4", codes, scale, factor, int(divide), out, dtype, _rows(codes), codes.shape[-1])
     return out
 
 
 def fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., columns] in `dtype` of e4m3 codes, uint8, and scales [..., 1]."""
     out = _out(codes, 1, dtype)
-    _call("fp8", codes, scale.float(), out, dtype, _rows(codes), codes.shape[-1])
+    call("fp8", codes, scale.float(), out, dtype, _rows(codes), codes.shape[-1])
     return out
 
 
 def w4a8(codes: Tensor, multiple: Tensor) -> Tensor:
     """int8 [..., 2 * bytes] of uint8 codes [..., bytes] in words, and multiples uint8 [..., groups]."""
     out = _out(codes, 2, torch.int8)
-    _call("w4a8", codes, multiple, out, _rows(codes), codes.shape[-1], multiple.shape[-1])
+    call("w4a8", codes, multiple, out, _rows(codes), codes.shape[-1], multiple.shape[-1])
     return out
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 [n, in] and float32 scales [n, 1] of bfloat16 or float32 rows."""
     codes, scale = torch.empty_like(x, dtype=torch.int8), torch.empty(len(x), 1)
-    _call("quantise", x, x.dtype, codes, scale, *x.shape)
+    call("quantise", x, x.dtype, codes, scale, *x.shape)
     return codes, scale
 
 
@@ -91,7 +91,7 @@ def grouped_int8(x: Tensor, own: Tensor, counts: Tensor, dtype: torch.dtype, cod
     where = multiple[0] if multiple else None
     groups = multiple[0].shape[-1] if multiple else 0
     sizes = (len(codes), codes.shape[-2], x.shape[-1], groups)
-    _call("grouped_int8", higher, own, offsets, codes, where, units.float(), out, dtype, *sizes)
+    call("grouped_int8", higher, own, offsets, codes, where, units.float(), out, dtype, *sizes)
     return out
 
 
@@ -105,7 +105,7 @@ def read_rows(scores: Tensor, cap: float, temperature: Tensor, uniform: Tensor) 
     entropy, total = (torch.empty(n) for _ in range(2))
     inner, outer = _capped(cap, temperature.float())
     drawn = uniform.float().contiguous()
-    _call("read_rows", scores, scores.dtype, n, size, inner, outer, drawn, best, proposal, entropy, total)
+    call("read_rows", scores, scores.dtype, n, size, inner, outer, drawn, best, proposal, entropy, total)
     return best, proposal, entropy, total
 
 
@@ -144,7 +144,7 @@ class ByClass:
     def _over(self, name: str, *arguments: Tensor | None) -> None:
         size, columns = self.scores.shape
         about = (self.scores, self.scores.dtype, self.classes, self.inner, self.outer, size, columns, self.kinds)
-        _call(name, *about, *arguments)
+        call(name, *about, *arguments)
 
     def _new(self, dtype: torch.dtype) -> Tensor:
         return torch.empty(self.chunks * LANES, dtype=dtype)
@@ -170,7 +170,8 @@ def _rows(codes: Tensor) -> int:
     return codes[..., 0].numel()
 
 
-def _call(name: str, *arguments: Tensor | torch.dtype | int | None) -> None:
+def call(name: str, *arguments: Tensor | torch.dtype | int | None) -> None:
+    """A function of the library: tensors as pointers to their numbers, a dtype as whether it is float32."""
     found = library()
     assert found is not None
     converted: list[ctypes.c_void_p | ctypes.c_int | ctypes.c_int64] = []

@@ -14,25 +14,6 @@ enum {
 
 static const float NEVER = -1e30f;
 
-/* Within 2 units in the last place; 0 below 2^-126, and no more than 2^126. */
-static inline float power_of_two(float x) {
-    float kept = x < -126 ? -126 : x > 126 ? 126 : x;
-    float moved = kept + 12582912.0f; /* 1.5 * 2^23: rounds to a whole number, which its last bits then hold */
-    float rest = kept - (moved - 12582912.0f), scale, y = 1.5252734e-5f;
-    uint32_t bits;
-    memcpy(&bits, &moved, 4);
-    bits = (bits - 0x4b400000 + 127) << 23;
-    memcpy(&scale, &bits, 4);
-    y = y * rest + 1.5403531e-4f;
-    y = y * rest + 1.3333558e-3f;
-    y = y * rest + 9.6181291e-3f;
-    y = y * rest + 5.5504109e-2f;
-    y = y * rest + 2.4022651e-1f;
-    y = y * rest + 6.9314718e-1f;
-    y = y * rest + 1.0f;
-    return x < -126 ? 0 : y * scale;
-}
-
 /* Logarithms of LANES scores from `at` on; of those beyond `count` NEVER. */
 static inline void logarithms(const void *scores, int wide, int64_t at, int64_t count, float in, float out, float *z) {
     float s[LANES] = {0};

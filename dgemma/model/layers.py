@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgemma.config import Rope
+from dgemma.kernels import elementwise
 
 ONEDNN = torch.backends.mkldnn.is_available()
 ONEDNN_SIZE = 1 << 16
@@ -46,6 +47,8 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if elementwise.fits_norm(x, weight):
+        return elementwise.rms_norm(x, weight, eps)
     wide = x.float()
     y = wide * wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (y if weight is None else y.mul_(weight)).type_as(x)
@@ -53,6 +56,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """gelu_tanh(gate) * up."""
+    if elementwise.fits_gate(gate, up):
+        return elementwise.gated(gate, up)
     return F.gelu(gate, approximate="tanh") * up
 
 

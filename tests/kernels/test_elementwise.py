@@ -1,0 +1,85 @@
+"""Norm and gate in C beside their plain twins, with their gradients."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dgemma.kernels import elementwise, native
+from dgemma.model import layers
+
+SHAPES = [(7, 5), (3, 4, 32), (200, 128), (130, 2816)]
+DTYPES = [torch.float32, torch.bfloat16]
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def _built() -> None:
+    if native.library() is None:
+        pytest.skip("there was no compiler when this was installed")
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def results(f: Callable[..., Tensor], gradient: Tensor, *leaves: Tensor | None) -> list[Tensor]:
+    """What f gives, and the gradients of its arguments; the same without a gradient being asked for."""
+    asked = [leaf if leaf is None else leaf.detach().requires_grad_() for leaf in leaves]
+    y = f(*asked)
+    y.backward(gradient)
+    with torch.no_grad():
+        assert torch.equal(y, f(*leaves))
+    return [y.detach(), *(leaf.grad for leaf in asked if leaf is not None and leaf.grad is not None)]
+
+
+def compare(
+    monkeypatch: pytest.MonkeyPatch, f: Callable[..., Tensor], gradient: Tensor, *leaves: Tensor | None
+) -> None:
+    found = results(f, gradient, *leaves)
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        expected = results(f, gradient, *leaves)
+    assert len(found) == len(expected)
+    for mine, plain in zip(found, expected, strict=True):
+        assert mine.dtype == plain.dtype
+        assert (mine - plain).abs().max() < BOUND[mine.dtype] * plain.abs().max()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [True, False])
+def test_norms(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype, scale: bool) -> None:
+    weight = (random(shape[-1], seed=1).abs() + 0.5).to(dtype) if scale else None
+    x, gradient = (3 * random(*shape, seed=2)).to(dtype), random(*shape, seed=3).to(dtype)
+    assert elementwise.fits_norm(x, weight)
+    compare(monkeypatch, lambda x, w: layers.rms_norm(x, w, 1e-6), gradient, x, weight)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gates(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    both = (5 * random(*shape[:-1], 2 * shape[-1], seed=1)).to(dtype)
+    both[..., 0] *= 40  # far beyond where gelu is 0 or x
+    gradient = random(*shape, seed=2).to(dtype)
+    halves = both.chunk(2, dim=-1)
+    assert elementwise.fits_gate(*halves) == (len(shape) == 2), "halves of a matrix, or whole tensors"
+    compare(monkeypatch, lambda both: layers.gated(*both.chunk(2, dim=-1)), gradient, both)
+    compare(monkeypatch, layers.gated, gradient, *(half.contiguous() for half in halves))
+
+
+def test_gradients_do_not_depend_on_the_number_of_threads() -> None:
+    x, weight = random(1000, 64, seed=1), random(64, seed=2)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(results(lambda x, w: layers.rms_norm(x, w, 1e-6), random(1000, 64, seed=3), x, weight))
+    for other in found[1:]:
+        assert all(torch.equal(mine, first) for mine, first in zip(other, found[0], strict=True))
+
+
+def test_empty_rows_are_no_error() -> None:
+    for x in (torch.empty(0, 8), torch.empty(0, 3, 8)):
+        assert layers.rms_norm(x, torch.ones(8), 1e-6).shape == x.shape
+        assert layers.gated(x, x).shape == x.shape
