@@ -92,6 +92,46 @@ EACH_PROCESSOR void w4a8_row(const uint8_t *codes, const uint8_t *multiple, int8
     }
 }
 
+/* The largest number of which all are 1 to 15; 0 if there is none. Adding 1.5 * 2^23 rounds to whole numbers. */
+EACH_PROCESSOR static float row_unit(const float *scale, int64_t groups) {
+    float top = scale[0];
+    for (int64_t i = 1; i < groups; i++) top = scale[i] > top ? scale[i] : top;
+    for (int count = 1; count <= 15; count++) {
+        float unit = top / (float)count;
+        int other = 0;
+        for (int64_t i = 0; i < groups; i++) {
+            float whole = scale[i] / unit + 12582912.0f - 12582912.0f;
+            other |= whole * unit != scale[i];
+        }
+        if (!other) return unit;
+    }
+    return 0;
+}
+
+static void words_row(const uint8_t *codes, uint8_t *out, int64_t bytes, int64_t groups) {
+    int64_t each = bytes / 8 / groups;
+    for (int64_t word = 0; word < bytes / 8; word++) {
+        const uint8_t *from = codes + 8 * word;
+        uint8_t *to = out + 8 * (word % each * groups + word / each);
+        for (int i = 0; i < 4; i++) {
+            to[2 * i] = (uint8_t)((from[i] & 15) | from[i + 4] << 4);
+            to[2 * i + 1] = (uint8_t)(from[i] >> 4 | (from[i + 4] & 0xf0));
+        }
+    }
+}
+
+/* scale float32 [rows, groups] to units [rows]. */
+void row_units(const float *scale, float *units, int64_t rows, int64_t groups) {
+#pragma omp parallel for if (rows > FEW)
+    for (int64_t row = 0; row < rows; row++) units[row] = row_unit(scale + row * groups, groups);
+}
+
+/* codes [rows, bytes] with columns side by side in the order of w4a8: those of a byte 8 apart, words group by group. */
+void words(const uint8_t *codes, uint8_t *out, int64_t rows, int64_t bytes, int64_t groups) {
+#pragma omp parallel for if (rows > FEW)
+    for (int64_t row = 0; row < rows; row++) words_row(codes + row * bytes, out + row * bytes, bytes, groups);
+}
+
 /* codes [rows, bytes], scale float32 [rows, groups], to bfloat16 or, if wide, float32 [rows, 2, bytes]. */
 void int4(const uint8_t *codes, const float *scale, void *out, int wide, int64_t rows, int64_t bytes, int64_t groups) {
 #pragma omp parallel for if (rows > FEW)

@@ -65,6 +65,20 @@ def w4a8(codes: Tensor, multiple: Tensor) -> Tensor:
     return out
 
 
+def row_units(scale: Tensor) -> Tensor:
+    """float32 [n, 1] of float32 scales [n, groups]: the largest number of which they are 1 to 15 times, or 0."""
+    units = torch.empty(len(scale), 1)
+    call("row_units", scale, units, *scale.shape)
+    return units
+
+
+def words(codes: Tensor, groups: int) -> Tensor:
+    """uint8 codes [..., bytes] of int4 in the order of w4a8."""
+    out = torch.empty_like(codes)
+    call("words", codes, out, _rows(codes), codes.shape[-1], groups)
+    return out
+
+
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 [n, in] and float32 scales [n, 1] of bfloat16 or float32 rows."""
     codes, scale = torch.empty_like(x, dtype=torch.int8), torch.empty(len(x), 1)

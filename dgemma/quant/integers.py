@@ -183,6 +183,8 @@ def _integers(codes: Tensor, multiple: Tensor) -> Tensor:
 
 def _to_words(codes: Tensor, groups: int) -> Tensor:
     """Bytes of columns side by side [..., n] as W4A8 has them."""
+    if native.fits(torch.int8, codes):
+        return native.words(codes, groups)
     columns = nibbles(codes).unflatten(-1, (groups, -1, 2, 8))
     return (columns[..., 0, :] | columns[..., 1, :] << 4).transpose(-2, -3).flatten(-3)
 
@@ -195,6 +197,8 @@ def _from_words(codes: Tensor, groups: int) -> Tensor:
 
 def _row_unit(scale: Tensor) -> Tensor:
     """float32 [n, 1]: the largest number of which a row of scales [n, groups] are 1 to 15; 0 where there is none."""
+    if native.fits(torch.float32, scale):
+        return native.row_units(scale)
     top = scale.amax(-1, keepdim=True)
     unit = torch.zeros_like(top)
     for count in range(15, 0, -1):

@@ -13,6 +13,7 @@ from dgemma.decoding.vocabulary import weigh_
 from dgemma.kernels import native
 from dgemma.kernels.numbers import quantise_rows
 from dgemma.quant.formats import FORMATS
+from dgemma.quant.integers import W4A8
 from dgemma.quant.packed import Packed
 
 SHAPES = [(1, 128), (3, 256), (50, 384), (2, 4224), (2, 3, 20, 256)]
@@ -103,6 +104,20 @@ def test_parts_that_do_not_lie_in_a_row_go_the_plain_way() -> None:
     assert not native.fits(torch.float32, *matrix.buffers())
     copied = FORMATS["fp8"]((8, 64), torch.float32, codes=apart.contiguous(), scale=parts["scale"])
     assert torch.equal(matrix.dense(), copied.dense())
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_int4_becomes_w4a8_alike(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+    weight = random(20, 512) * torch.logspace(-2, 0, 512)
+    codes, scale = W4A8.to_int4(**W4A8.encode(weight, group))
+    for scales in (scale, scale * torch.linspace(1, 1.01, scale.shape[-1])):
+        found = W4A8.of_int4(codes, scales.bfloat16())
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "library", lambda: None)
+            plain = W4A8.of_int4(codes, scales.bfloat16())
+        assert (found is None) == (plain is None) == (scales is not scale)
+        for name in found or ():
+            assert torch.equal(found[name], plain[name])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
