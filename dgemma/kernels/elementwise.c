@@ -1,5 +1,5 @@
-/* RMS norm and the gate of an MLP, forwards and backwards, each in one pass over its rows; the twins are in
-   model/layers.py. Numbers are computed in float32 and rounded once. */
+/* RMS norm and the gate of an MLP, forwards and backwards, rotary positions, and the sum of a token's experts, each in
+   one pass over its rows; the twins are in model/layers.py and model/experts.py. Numbers are computed in float32 and rounded once. */
 
 #include <math.h>
 
@@ -131,4 +131,51 @@ void gated_back(const char *gate, const char *up, const void *grad, int wide, in
     for (int64_t row = 0; row < rows; row++)
         gate_row_back(gate + row * gate_stride * bytes, up + row * up_stride * bytes, grad, wide, to_gate, to_up,
                       row * size, size);
+}
+
+EACH_PROCESSOR static void rotate_row(const void *x, const void *cos, const void *sin, int wide, void *y, int64_t at,
+                                      int64_t turn, int64_t half) {
+    float first[PIECE], second[PIECE], c[PIECE], s[PIECE], out[PIECE];
+    for (int64_t begin = 0; begin < half; begin += PIECE) {
+        int count = half - begin < PIECE ? (int)(half - begin) : PIECE;
+        load(x, wide, at + begin, first, count);
+        load(x, wide, at + half + begin, second, count);
+        load(cos, wide, turn + begin, c, count);
+        load(sin, wide, turn + begin, s, count);
+        for (int i = 0; i < count; i++) out[i] = first[i] * c[i] - second[i] * s[i];
+        store(y, wide, at + begin, out, count);
+        for (int i = 0; i < count; i++) out[i] = second[i] * c[i] + first[i] * s[i];
+        store(y, wide, at + half + begin, out, count);
+    }
+}
+
+/* Pairs (i, i + half) of x [tokens, heads, 2 * half] turned by the angles whose cos and sin are [tokens, half]. */
+void rotate(const void *x, const void *cos, const void *sin, int wide, void *y, int64_t tokens, int64_t heads,
+            int64_t half) {
+#pragma omp parallel for if (tokens * heads * half > SMALL)
+    for (int64_t token = 0; token < tokens; token++)
+        for (int64_t head = 0; head < heads; head++)
+            rotate_row(x, cos, sin, wide, y, (token * heads + head) * 2 * half, token * half, half);
+}
+
+EACH_PROCESSOR static void sum_row(const void *y, const float *weights, const int64_t *places, int wide, void *out,
+                                   int64_t at, int64_t k, int64_t size) {
+    float total[PIECE], own[PIECE];
+    for (int64_t first = 0; first < size; first += PIECE) {
+        int count = size - first < PIECE ? (int)(size - first) : PIECE;
+        for (int i = 0; i < count; i++) total[i] = 0;
+        for (int64_t expert = 0; expert < k; expert++) {
+            load(y, wide, places[expert] * size + first, own, count);
+            for (int i = 0; i < count; i++) total[i] += weights[expert] * own[i];
+        }
+        store(out, wide, at + first, total, count);
+    }
+}
+
+/* Of y [tokens * k, size] the rows at places [tokens, k] times weights float32 [tokens, k], to out [tokens, size]. */
+void weighted_sums(const void *y, const float *weights, const int64_t *places, int wide, void *out, int64_t tokens,
+                   int64_t k, int64_t size) {
+#pragma omp parallel for if (tokens * k * size > SMALL)
+    for (int64_t token = 0; token < tokens; token++)
+        sum_row(y, weights + token * k, places + token * k, wide, out, token * size, k, size);
 }

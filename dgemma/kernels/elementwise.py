@@ -1,4 +1,7 @@
-"""RMS norm and the gate of an MLP on a CPU, with their gradients; the twins are in `model.layers`."""
+"""What lies between the products of a layer, on a CPU; the twins are in `model.layers` and `model.experts`.
+
+Norm and gate have gradients; rotation and the sum of experts are for inference.
+"""
 
 from typing import Any
 
@@ -23,6 +26,12 @@ def fits_gate(gate: Tensor, up: Tensor) -> bool:
     )
 
 
+def fits_inference(*tensors: Tensor) -> bool:
+    """Tensors of one dtype that nobody wants a gradient of."""
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return not learning and native.fits(tensors[0].dtype, *tensors) and len({x.dtype for x in tensors}) == 1
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis, in x's dtype."""
     needed = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
@@ -33,6 +42,20 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     """gelu_tanh(gate) * up."""
     needed = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
     return _Gate.apply(gate, up) if needed else _gated(gate, up)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (i, i + D/2) of x [N, heads, D] turned by the angles whose cos and sin are [N, 1, D/2]."""
+    y = torch.empty_like(x)
+    native.call("rotate", x, cos, sin, x.dtype, y, *x.shape[:2], x.shape[2] // 2)
+    return y
+
+
+def weighted_sums(y: Tensor, weights: Tensor, places: Tensor) -> Tensor:
+    """[N, hidden] of the rows of y [N * k, hidden] at places [N, k] times float32 weights [N, k]."""
+    out = y.new_empty(len(weights), y.shape[-1])
+    native.call("weighted_sums", y, weights, places.contiguous(), y.dtype, out, *weights.shape, y.shape[-1])
+    return out
 
 
 def _normed(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:

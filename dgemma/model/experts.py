@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dgemma.config import ModelConfig
+from dgemma.kernels import elementwise
 from dgemma.model import layers
 from dgemma.model.layers import Linear, RMSNorm, linear
 
@@ -44,8 +45,10 @@ class Experts(nn.Module):
         k = experts.shape[1]
         order = experts.flatten().argsort()
         counts = experts.flatten().bincount(minlength=self.count)
-        y = self.sorted(x.index_select(0, order // k), counts).index_select(0, order.argsort()).unflatten(0, (-1, k))
-        return (weights[:, None] @ y.float()).squeeze(1).type_as(x)
+        y, places = self.sorted(x.index_select(0, order // k), counts), order.argsort()
+        if elementwise.fits_inference(y) and elementwise.fits_inference(weights):
+            return elementwise.weighted_sums(y, weights, places.view(-1, k))
+        return (weights[:, None] @ y.index_select(0, places).unflatten(0, (-1, k)).float()).squeeze(1).type_as(x)
 
     def sorted(self, rows: Tensor, counts: Tensor) -> Tensor:
         """What the experts make of rows [n, hidden] that are sorted by expert, so many for each."""

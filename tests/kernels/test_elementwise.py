@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dgemma.config import FULL, ModelConfig
 from dgemma.kernels import elementwise, native
 from dgemma.model import layers
+from dgemma.model.experts import Experts
 
 SHAPES = [(7, 5), (3, 4, 32), (200, 128), (130, 2816)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -77,6 +79,36 @@ def test_gradients_do_not_depend_on_the_number_of_threads() -> None:
         found.append(results(lambda x, w: layers.rms_norm(x, w, 1e-6), random(1000, 64, seed=3), x, weight))
     for other in found[1:]:
         assert all(torch.equal(mine, first) for mine, first in zip(other, found[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 2, 8), (300, 4, 128), (2, 1, 3000)], ids=str)
+def test_rotations(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, angles = random(*shape, seed=1).to(dtype), 9 * random(shape[0], 1, shape[2] // 2, seed=2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    assert elementwise.fits_inference(x, cos, sin)
+    assert not elementwise.fits_inference(x.requires_grad_(), cos, sin)
+    with torch.no_grad():
+        found = layers.rotate(x, cos, sin)
+        monkeypatch.setattr(native, "library", lambda: None)
+        plain = layers.rotate(x, cos, sin)
+    assert (found - plain).abs().max() < BOUND[dtype] * plain.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "k", "size"), [(3, 1, 5), (200, 4, 768), (4, 8, 3000)])
+def test_sums_of_experts(monkeypatch: pytest.MonkeyPatch, tokens: int, k: int, size: int, dtype: torch.dtype) -> None:
+    config = ModelConfig(50, size, 8, 6, 9, k, 2, 1, 8, 1, 8, (FULL,), 4)
+    experts = Experts(config).to(dtype).requires_grad_(False)
+    for weight in experts.parameters():
+        weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    weights, chosen = random(tokens, 9, seed=2).softmax(-1).topk(k)
+    x = random(tokens, size, seed=3).to(dtype)
+    found = experts(x, weights, chosen)
+    monkeypatch.setattr(elementwise, "fits_inference", lambda *tensors: False)
+    plain = experts(x, weights, chosen)
+    assert found.dtype == plain.dtype
+    assert (found - plain).abs().max() < BOUND[dtype] * plain.abs().max()
 
 
 def test_empty_rows_are_no_error() -> None:
