@@ -1,0 +1,61 @@
+"""A picture as the network reads it, and its place among tokens: what media makes and the model takes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """Patches of an image, row by row.
+
+    patches: uint8 [rows · columns, values], a patch's values ordered (row, column, channel); rows and columns are
+    multiples of the tower's pooling.
+    """
+
+    patches: np.ndarray
+    rows: int
+    columns: int
+
+    @cached_property
+    def digest(self) -> bytes:
+        """The same for the same content, whatever file it came from."""
+        shape = f"{self.rows}x{self.columns}:".encode()
+        return blake2b(shape + np.ascontiguousarray(self.patches).tobytes(), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A picture whose soft tokens stand for the tokens at `begin` … `end` - 1.
+
+    Positions count from the first token of whatever it is given with; below 0 they lie before it, in the cache.
+    """
+
+    picture: Picture
+    begin: int
+    end: int
+
+    def moved(self, by: int) -> "Placed":
+        return Placed(self.picture, self.begin + by, self.end + by)
+
+
+def within(pictures: Sequence[Placed], begin: int, end: int) -> list[Placed]:
+    """Those that have a token in `begin` … `end` - 1, counted from `begin`."""
+    return [each.moved(-begin) for each in pictures if max(each.begin, begin) < min(each.end, end)]
+
+
+def pieces(length: int, pictures: Sequence[Placed], size: int) -> Iterator[tuple[int, int]]:
+    """Begins and ends of pieces of about `size` tokens; none ends within a picture, whose tokens see each other."""
+    begin = 0
+    while begin < length:
+        end = uncut(min(begin + size, length), pictures)
+        yield begin, end
+        begin = end
+
+
+def uncut(end: int, pictures: Sequence[Placed]) -> int:
+    """`end`, or, where that lies within a picture, the picture's end."""
+    return next((each.end for each in pictures if each.begin < end < each.end), end)
