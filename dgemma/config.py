@@ -13,6 +13,8 @@ BOTH_WAYS = {"vision": {SLIDING, FULL}, "vision_sliding": {SLIDING}, None: set[s
 "vision": in all of them, as the released model is run by transformers' `generate`; "vision_sliding", a name of this
 project: in the sliding ones and within the window, as Gemma 4 does; None: in none.
 """
+BUDGETS = (70, 140, 280, 560, 1120)
+"""Soft tokens an image may take: those the family was trained for."""
 GAP_MARKER = "<fill>"
 GAP_TOKENS = 64
 """Infill's longest gap, if nobody tells."""
@@ -340,6 +342,34 @@ class GenerationConfig:
             "eos_token_id": list(self.eos_token_id),
             "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": self.entropy_bound},
         }
+
+
+@dataclass(frozen=True)
+class MediaConfig:
+    """How images and video are taken in. Raises ValueError naming the option and what it may be."""
+
+    image_tokens: int = field(default=280, metadata={"help": "soft tokens an image may take: 70, 140, 280, 560, 1120"})
+    frame_tokens: int = field(default=70, metadata={"help": "the same for a frame of a video"})
+    video_frames: int = field(default=0, metadata={"help": "frames spread over a video; 0: one a second, up to 60 s"})
+
+    def __post_init__(self) -> None:
+        for name, most in (("image_tokens", BUDGETS[-1]), ("frame_tokens", BUDGETS[-1]), ("video_frames", 60)):
+            value, least = getattr(self, name), 0 if name == "video_frames" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise ValueError(f"{name} must be a whole number in {least} … {most}, not {value!r}")
+
+    @classmethod
+    def of(cls, config: ModelConfig, **given: Any) -> Self:
+        """What was given, else the model's own; soft tokens that it was made for."""
+        own, names = config.vision_soft_tokens_per_image, [f.name for f in fields(cls)]
+        if unknown := given.keys() - set(names):
+            raise ValueError(f"unknown option {min(unknown)!r} of media; known: {', '.join(names)}")
+        media = cls(**{"image_tokens": own, **given})
+        for name in ("image_tokens", "frame_tokens"):
+            known = sorted({*BUDGETS, own})
+            if getattr(media, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, not {getattr(media, name)}")
+        return media
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -59,3 +59,29 @@ def pieces(length: int, pictures: Sequence[Placed], size: int) -> Iterator[tuple
 def uncut(end: int, pictures: Sequence[Placed]) -> int:
     """`end`, or, where that lies within a picture, the picture's end."""
     return next((each.end for each in pictures if each.begin < end < each.end), end)
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """A video: frames with the second at which each is seen."""
+
+    frames: tuple[tuple[float, Picture], ...]
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A prompt as the model reads it: token ids, and the pictures that some of them stand for, in order."""
+
+    tokens: list[int]
+    pictures: tuple[Placed, ...] = ()
+
+    def part(self, begin: int, end: int | None = None) -> "Prompted":
+        """Tokens `begin` … `end` - 1 and their pictures."""
+        tokens = self.tokens[begin:end]
+        return Prompted(tokens, tuple(within(self.pictures, begin, begin + len(tokens))))
+
+    def begins_with(self, other: "Prompted") -> bool:
+        """Whether its first tokens are the other's, and show the same."""
+        shown = [(each.begin, each.end, each.picture.digest) for each in self.part(0, len(other.tokens)).pictures]
+        same = [(each.begin, each.end, each.picture.digest) for each in other.pictures]
+        return self.tokens[: len(other.tokens)] == other.tokens and shown == same
