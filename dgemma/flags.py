@@ -11,7 +11,8 @@ import typer
 
 from dgemma import embedded
 from dgemma.checkpoints.source import defaults_of, folders_of, resolve
-from dgemma.config import GenerationConfig
+from dgemma.config import GenerationConfig, MediaConfig
+from dgemma.terminal.attach import attached
 
 if TYPE_CHECKING:
     from dgemma.constraints.compile import Constraint
@@ -34,6 +35,14 @@ KVCache = Annotated[
     typer.Option(
         "--kv-cache", help="keep keys and values of encoded tokens in 8 bits", show_default="the model's dtype"
     ),
+]
+
+
+Images = Annotated[
+    list[Path] | None, typer.Option("--image", help="FILE to show before the prompt; may be given again")
+]
+Videos = Annotated[
+    list[Path] | None, typer.Option("--video", help="FILE of which frames are shown; may be given again")
 ]
 
 
@@ -68,6 +77,7 @@ def flags_of(options: type, parameter: str) -> Callable[[Callable[..., None]], C
 
 
 config_flags = flags_of(GenerationConfig, "config")
+media_flags = flags_of(MediaConfig, "media")
 
 
 def checked(model: str, config: dict[str, Any]) -> Path:
@@ -93,6 +103,25 @@ def load_checked(
     from dgemma.language_model import load
 
     return load(model if directory.parent == embedded.HERE else directory, device, dtype, quantize, kv_cache)
+
+
+def attachments(
+    images: Sequence[Path] | None, videos: Sequence[Path] | None, media: dict[str, Any], later: bool = False
+) -> list[Any]:
+    """The parts of a message that show files; UsageError for a file that is not there or an option without effect.
+
+    later: there may still come others.
+    """
+    try:
+        MediaConfig(**media)
+        parts = attached(images or (), videos or ())
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    for name in media:
+        flag, shown = ("--image", images) if name == "image_tokens" else ("--video", videos)
+        if not (shown or later):
+            raise UsageError(f"--{name.replace('_', '-')} has no effect without {flag}")
+    return parts
 
 
 def check_folders(*files: Path | None) -> None:

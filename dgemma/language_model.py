@@ -256,6 +256,8 @@ class LanguageModel:
         if isinstance(prompt, Prompted):
             return prompt
         if isinstance(prompt, str) or not shows(prompt):
+            if media:
+                raise ValueError(f"{next(iter(media))} has no effect: there is no image or video in the prompt")
             return Prompted(self._text_tokens(prompt, think, tools))
         messages = self.opened(cast(Sequence[Message], prompt), media, sources)
         text = self.render(messages, think=think, tools=tools)
@@ -389,9 +391,9 @@ class Chat:
         """
         options = {**self.options, **options}
         chat = {name: options.pop(name, None) for name in ("think", "tools")}
-        messages = [*self.messages, {"role": "user", "content": content}]
+        messages, media = [*self.messages, {"role": "user", "content": content}], options.pop("media", None)
         if shows(messages):
-            messages = self.lm.opened(messages, options.pop("media", None))
+            messages = self.lm.opened(messages, media)
         settled, whole = (self._read(messages, reply=reply, **chat) for reply in (False, True))
         if whole.part(0, len(settled.tokens)).tokens != settled.tokens:
             settled = Prompted([])

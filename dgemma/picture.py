@@ -51,14 +51,17 @@ def pieces(length: int, pictures: Sequence[Placed], size: int) -> Iterator[tuple
     """Begins and ends of pieces of about `size` tokens; none ends within a picture, whose tokens see each other."""
     begin = 0
     while begin < length:
-        end = uncut(min(begin + size, length), pictures)
+        end = uncut(begin, min(begin + size, length), pictures)
         yield begin, end
         begin = end
 
 
-def uncut(end: int, pictures: Sequence[Placed]) -> int:
-    """`end`, or, where that lies within a picture, the picture's end."""
-    return next((each.end for each in pictures if each.begin < end < each.end), end)
+def uncut(begin: int, end: int, pictures: Sequence[Placed]) -> int:
+    """`end`, or, where that lies within a picture, the picture's begin, or its end if it is the first thing."""
+    cut = next((each for each in pictures if each.begin < end < each.end), None)
+    if cut is None:
+        return end
+    return cut.begin if cut.begin > begin else cut.end
 
 
 @dataclass(frozen=True, eq=False)

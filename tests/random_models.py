@@ -92,6 +92,7 @@ def seeing_lm(canvas: int = 16) -> LanguageModel:
         boi_token_id=begin,
         eoi_token_id=end,
         vision_soft_tokens_per_image=70,
+        sliding_window=128,
         max_position_embeddings=8000,
     )
     model = DiffusionGemma(config).init_weights(0).eval().requires_grad_(False)

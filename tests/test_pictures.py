@@ -86,9 +86,11 @@ def test_a_video_is_seen(lm: LanguageModel) -> None:
 
 
 def test_a_prompt_too_long_is_told(lm: LanguageModel) -> None:
-    many: list[dict[str, Any]] = [image(seed=i) for i in range(9)]
+    many: list[dict[str, Any]] = [image(seed=i) for i in range(7)]
     with pytest.raises(ValueError, match=r"need \d+ positions; the model has 8000"):
-        lm.generate(user(*many, text("the")), media={"image_tokens": 1120})
+        lm.generate(user(*many, text("the cat " * 300)), media={"image_tokens": 1120})
+    with pytest.raises(ValueError, match=r"content\[7\]: up to here images and videos take \d+ tokens"):
+        lm.generate(user(*many, *many), media={"image_tokens": 1120})
 
 
 def test_without_pillow_or_av_the_extra_is_named() -> None:

@@ -172,7 +172,7 @@ class Scheduler:
         share = self.limits.prefill_tokens // max(1, len(filling))
         for job in filling:
             begin, pictures = job.row.length, job.request.pictures
-            end = uncut(begin + min(job.prompt_left, self._chunk(job, share)), pictures)
+            end = uncut(begin, begin + min(job.prompt_left, self._chunk(job, share)), pictures)
             parts.append((job, job.request.prompt[begin:end], within(pictures, begin, end)))
         if not parts:
             return

@@ -29,9 +29,10 @@ def opened(
 ) -> list[dict[str, Any]]:
     """The messages with Pictures and Clips in the places of their images and videos.
 
-    ValueError that names the message and the part; also for a model that takes no images.
+    ValueError that names the message and the part; also for a model that takes no images, or has no positions for so
+    many: that is told before the next one is opened.
     """
-    changed = [dict(message) for message in messages]
+    changed, soft = [dict(message) for message in messages], 0
     for i, j, part in _parts(messages):
         where = f"messages[{i}].content[{j}]"
         kind, held, detail = payload(part, where)
@@ -39,6 +40,12 @@ def opened(
         if not isinstance(held, Picture | Clip):
             wanted = replace(media, image_tokens=DETAIL[detail]) if detail in DETAIL else media
             held = _opened(kind, sources.bytes_of(held, where), where, wanted, vision)
+        soft += sum(_length(picture, vision) for picture in _pictures(held))
+        if soft > config.max_position_embeddings:
+            have = config.max_position_embeddings
+            raise ValueError(
+                f"{where}: up to here images and videos take {soft} tokens; the model has {have} positions"
+            )
         content = changed[i]["content"]
         if content is messages[i]["content"]:
             content = changed[i]["content"] = list(content)
@@ -79,7 +86,7 @@ def prompted(text: str, shown: Sequence[Media], tokenizer: Tokenizer, config: Mo
         spelled += [text[at : match.start()], " ".join(blocks)]
         at = match.end()
     tokens = tokenizer.encode("".join([*spelled, text[at:]]))
-    pictures = [p for each in shown for p in ([p for _, p in each.frames] if isinstance(each, Clip) else [each])]
+    pictures = [picture for each in shown for picture in _pictures(each)]
     return Prompted(tokens, _placed(tokens, pictures, vision, config.image_token_id))
 
 
@@ -108,6 +115,10 @@ def _placed(tokens: list[int], pictures: list[Picture], vision: VisionConfig, im
     if tokens.count(image or 0) != sum(each.end - each.begin for each in placed):
         raise ValueError("a text that is no user's spells the token of an image where there is none")
     return tuple(placed)
+
+
+def _pictures(media: Media) -> list[Picture]:
+    return [picture for _, picture in media.frames] if isinstance(media, Clip) else [media]
 
 
 def _length(picture: Picture, vision: VisionConfig) -> int:

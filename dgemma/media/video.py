@@ -18,6 +18,8 @@ SECONDS = 60
 """The longest clip of which a frame a second is taken, as the model was made for."""
 LONGEST = 3600
 """Seconds of a clip of which a number of frames is taken: all of it is decoded."""
+DECODED = 1 << 35
+"""Pixels of all frames together: an hour of 640 × 360, or a minute of 4K at 60 frames a second."""
 LOST = 1.0
 """Seconds that a frame may come late, since those before it could not be decoded, until the clip counts as damaged."""
 MOST = 60
@@ -66,8 +68,11 @@ def _times(av: Any, source: bytes | str | os.PathLike[str], name: str) -> list[f
         stream = _stream(container, name)
         base = stream.time_base
         found = [float(p.pts * base) for p in container.demux(stream) if p.pts is not None and not p.is_discard]
+        size = stream.width * stream.height
     if not found:
         raise ValueError(f"{name} has no frames")
+    if len(found) * size > DECODED:
+        raise ValueError(f"{name} has {len(found)} frames of {size} pixels, too many to decode: make it smaller")
     return sorted(found)
 
 
