@@ -4,17 +4,31 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from typing import Protocol
 
 import numpy as np
 
 
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """Patches of an image, row by row.
+class Picture(Protocol):
+    """An image in patches.
 
-    patches: uint8 [rows · columns, values], a patch's values ordered (row, column, channel); rows and columns are
-    multiples of the tower's pooling.
+    patches: uint8 [rows · columns, values], row by row, a patch's values ordered (row, column, channel); rows and
+    columns are multiples of the tower's pooling. digest: the same for the same content, whatever file it came from.
     """
+
+    @property
+    def patches(self) -> np.ndarray: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def digest(self) -> bytes: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """A Picture that is held."""
 
     patches: np.ndarray
     rows: int
@@ -22,7 +36,6 @@ class Picture:
 
     @cached_property
     def digest(self) -> bytes:
-        """The same for the same content, whatever file it came from."""
         shape = f"{self.rows}x{self.columns}:".encode()
         return blake2b(shape + np.ascontiguousarray(self.patches).tobytes(), digest_size=16).digest()
 

@@ -49,7 +49,7 @@ def random_lm(canvas: int = 16, chat: bool = True) -> LanguageModel:
 
 IMAGE = ("<|image|>", "<|image>", "<image|>", "<|video|>")
 PARTS = (
-    "{{ bos_token }}{% for m in messages %}<|turn>{{ m.role }}\n"
+    "{{ bos_token }}{% for m in messages %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
     "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
     "{{ part.text if part.type == 'text' else '<|' ~ part.type ~ '|>' }}{% endfor %}{% endif %}<turn|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|turn>model\n{% endif %}"

@@ -6,13 +6,15 @@ Source: the released processor_config.json, and transformers' models/gemma4 for 
 import io
 import math
 import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dgemma.config import VisionConfig
 from dgemma.media import needed
-from dgemma.picture import Picture
+from dgemma.picture import Patches
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,7 +50,7 @@ def soft_tokens(height: int, width: int, budget: int, config: VisionConfig) -> i
     return rows * columns // side**2
 
 
-def picture_of(image: "Image", budget: int, config: VisionConfig) -> Picture:
+def picture_of(image: "Image", budget: int, config: VisionConfig) -> Patches:
     """The patches of an RGB image, bicubic with antialias where its size changes."""
     resampling = needed("PIL.Image").Resampling.BICUBIC
     height, width = fitted(image.height, image.width, budget, config)
@@ -57,7 +59,33 @@ def picture_of(image: "Image", budget: int, config: VisionConfig) -> Picture:
     patch = config.patch_size
     rows, columns = height // patch, width // patch
     pixels = np.asarray(image).reshape(rows, patch, columns, patch, 3)
-    return Picture(pixels.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1), rows, columns)
+    return Patches(pixels.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1), rows, columns)
+
+
+@dataclass(frozen=True, eq=False)
+class FilePicture:
+    """A Picture that is read from its file when it is needed: many of them take no memory."""
+
+    path: Path
+    budget: int
+    config: VisionConfig
+    rows: int
+    columns: int
+    digest: bytes
+
+    @classmethod
+    def of(cls, path: Path, name: str, budget: int, config: VisionConfig) -> "FilePicture":
+        """Reads the file once, so that one that is damaged is told now; errors as those of `open_image`."""
+        held = picture_of(open_image(path, name), budget, config)
+        return cls(path, budget, config, held.rows, held.columns, held.digest)
+
+    @property
+    def patches(self) -> np.ndarray:
+        """ValueError if the file is not what it was."""
+        held = picture_of(open_image(self.path, str(self.path)), self.budget, self.config)
+        if held.digest != self.digest:
+            raise ValueError(f"{self.path} has changed since it was first read")
+        return held.patches
 
 
 def open_image(source: "bytes | str | os.PathLike[str] | Image", name: str) -> "Image":

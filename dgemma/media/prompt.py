@@ -4,11 +4,12 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dgemma.config import BUDGETS, MediaConfig, ModelConfig, VisionConfig
-from dgemma.media.images import open_image, picture_of
-from dgemma.media.sources import KINDS, Sources, payload
+from dgemma.media.images import FilePicture, open_image, picture_of
+from dgemma.media.sources import KINDS, OPENED, Sources, payload
 from dgemma.media.video import frames
 from dgemma.picture import Clip, Picture, Placed, Prompted
 from dgemma.text.tokenizer import Tokenizer
@@ -25,22 +26,27 @@ def shows(messages: Any) -> bool:
 
 
 def opened(
-    messages: Sequence[Mapping[str, Any]], config: ModelConfig, media: MediaConfig, sources: Sources
+    messages: Sequence[Mapping[str, Any]],
+    config: ModelConfig,
+    media: MediaConfig,
+    sources: Sources,
+    held: bool = True,
 ) -> list[dict[str, Any]]:
     """The messages with Pictures and Clips in the places of their images and videos.
 
     ValueError that names the message and the part; also for a model that takes no images, or has no positions for so
-    many: that is told before the next one is opened.
+    many: that is told before the next one is opened. held: keep the patches of image files; otherwise they are read
+    again when they are needed.
     """
     changed, soft = [dict(message) for message in messages], 0
     for i, j, part in _parts(messages):
         where = f"messages[{i}].content[{j}]"
-        kind, held, detail = payload(part, where)
+        kind, given, detail = payload(part, where)
         vision = _vision(config, where)
-        if not isinstance(held, Picture | Clip):
+        if not isinstance(given, OPENED):
             wanted = replace(media, image_tokens=DETAIL[detail]) if detail in DETAIL else media
-            held = _opened(kind, sources.bytes_of(held, where), where, wanted, vision)
-        soft += sum(_length(picture, vision) for picture in _pictures(held))
+            given = _opened(kind, sources.bytes_of(given, where), where, wanted, vision, held)
+        soft += sum(_length(picture, vision) for picture in _pictures(given))
         if soft > config.max_position_embeddings:
             have = config.max_position_embeddings
             raise ValueError(
@@ -49,16 +55,29 @@ def opened(
         content = changed[i]["content"]
         if content is messages[i]["content"]:
             content = changed[i]["content"] = list(content)
-        content[j] = {"type": kind, kind: held}
+        content[j] = {"type": kind, kind: given}
     return changed
 
 
-def _opened(kind: str, source: Any, where: str, media: MediaConfig, vision: VisionConfig) -> Media:
+def _opened(kind: str, source: Any, where: str, media: MediaConfig, vision: VisionConfig, held: bool) -> Media:
     name = f"{where}: {os.fspath(source)}" if isinstance(source, os.PathLike) else f"{where}: the {kind}"
+    if kind == "image" and isinstance(source, Path) and not held:
+        return FilePicture.of(source, name, media.image_tokens, vision)
     if kind == "image":
         return picture_of(open_image(source, name), media.image_tokens, vision)
     shown = frames(source, name, media.video_frames)
     return Clip(tuple((second, picture_of(image, media.frame_tokens, vision)) for second, image in shown))
+
+
+def rooted(messages: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The messages with paths of images and videos that begin in a folder instead of the working directory."""
+    changed = [dict(message) for message in messages]
+    for i, j, part in _parts(messages):
+        held = part.get(part["type"])
+        if isinstance(held, str) and not held.startswith(("data:", "http://", "https://")):
+            content = changed[i]["content"] = list(changed[i]["content"])
+            content[j] = {**part, part["type"]: str(folder / held)}
+    return changed
 
 
 def prompted(text: str, shown: Sequence[Media], tokenizer: Tokenizer, config: ModelConfig) -> Prompted:
@@ -122,7 +141,7 @@ def _pictures(media: Media) -> list[Picture]:
 
 
 def _length(picture: Picture, vision: VisionConfig) -> int:
-    return len(picture.patches) // vision.pooling_kernel_size**2
+    return picture.rows * picture.columns // vision.pooling_kernel_size**2
 
 
 def _clock(second: float) -> str:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from dgemma.picture import Clip, Picture
+from dgemma.media.images import FilePicture
+from dgemma.picture import Clip, Patches
 
 KINDS = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
+OPENED = (Patches, FilePicture, Clip)
 MAX_REMOTE_BYTES = 32 << 20
 SECONDS = 20.0
 """What a remote server may take, in all."""
@@ -24,13 +26,11 @@ SECONDS = 20.0
 class Sources:
     """What may be read for a message.
 
-    files: paths on this machine; folder: where relative ones begin, the working directory if None; hosts: names of
-    servers whose http and https URLs are fetched, as host or host:port; none unless they are told. Redirects are
-    refused: they would lead to where nobody allowed.
+    files: paths on this machine; hosts: names of servers whose http and https URLs are fetched, as host or host:port;
+    none unless they are told. Redirects are refused: they would lead to where nobody allowed.
     """
 
     files: bool = True
-    folder: Path | None = None
     hosts: tuple[str, ...] = ()
 
     def bytes_of(self, given: Any, where: str) -> Any:
@@ -49,8 +49,6 @@ class Sources:
         if not self.files:
             raise ValueError(f"{where}: a data: URL is expected, not {text[:60]!r}")
         path = Path(text)
-        if self.folder and not path.is_absolute():
-            path = self.folder / path
         if not path.is_file():
             raise ValueError(f"{where}: there is no file {path}")
         return path
@@ -107,7 +105,7 @@ def payload(part: Mapping[str, Any], where: str) -> tuple[str, Any, str | None]:
         raise ValueError(f"{field}: a string is expected, not {'null' if held is None else type(held).__name__}")
     if held is None:
         raise ValueError(f'{where}: {{"type": "{name}", "{name}": …}} is expected')
-    known: tuple[type, ...] = (str, bytes, os.PathLike, Picture if kind == "image" else Clip)
+    known = (str, bytes, os.PathLike, *((Patches, FilePicture) if kind == "image" else (Clip,)))
     if not isinstance(held, known) and not (kind == "image" and hasattr(held, "convert")):
         raise ValueError(f"{field}: a path, a URL or bytes are expected, not {type(held).__name__}")
     return kind, held, detail

@@ -179,7 +179,8 @@ class DiffusionGemma(nn.Module):
                 raise ValueError(f"a picture at tokens {told} does not lie within {earliest} … {length}")
             earliest = picture.end
             assert self.config.vision
-            soft = len(picture.picture.patches) // self.config.vision.pooling_kernel_size**2
+            shown = picture.picture
+            soft = shown.rows * shown.columns // self.config.vision.pooling_kernel_size**2
             if picture.end - picture.begin != soft:
                 raise ValueError(f"a picture of {soft} soft tokens stands for {picture.end - picture.begin} tokens")
 

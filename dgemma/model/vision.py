@@ -132,8 +132,6 @@ class VisionTower(nn.Module):
         ValueError for a picture whose patches do not fit the tower.
         """
         different = {picture.digest: picture for picture in pictures}
-        for picture in different.values():
-            self._check(picture)
         found: dict[bytes, Tensor] = {}
         for some in _batches(list(different.items())):
             found |= zip((digest for digest, _ in some), self._encode([picture for _, picture in some]), strict=True)
@@ -141,9 +139,9 @@ class VisionTower(nn.Module):
 
     def _encode(self, pictures: list[Picture]) -> list[Tensor]:
         device = self.embedding_projection.weight.device
-        patches = torch.from_numpy(np.concatenate([picture.patches for picture in pictures])).to(device)
+        patches = torch.from_numpy(np.concatenate([self._checked(picture) for picture in pictures])).to(device)
         places = torch.cat([_places(picture) for picture in pictures]).to(device)
-        counts = [len(picture.patches) for picture in pictures]
+        counts = [picture.rows * picture.columns for picture in pictures]
         turn = self._rotation(places)
         x = self.patch_embedder(patches, places)
         for layer in self.layers:
@@ -170,17 +168,19 @@ class VisionTower(nn.Module):
         dtype = self.embedding_projection.weight.dtype
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def _check(self, picture: Picture) -> None:
-        config, k = self.config, self.config.pooling_kernel_size
+    def _checked(self, picture: Picture) -> np.ndarray:
+        """The picture's patches."""
+        config, k, patches = self.config, self.config.pooling_kernel_size, picture.patches
         wanted = (picture.rows * picture.columns, 3 * config.patch_size**2)
-        if picture.patches.dtype != np.uint8 or picture.patches.shape != wanted:
-            told = f"{picture.patches.dtype} {list(picture.patches.shape)}"
+        if patches.dtype != np.uint8 or patches.shape != wanted:
+            told = f"{patches.dtype} {list(patches.shape)}"
             raise ValueError(f"a picture's patches are {told}; the tower reads uint8 {list(wanted)}")
         if picture.rows % k or picture.columns % k or not picture.rows * picture.columns:
             raise ValueError(f"a picture of {picture.rows} × {picture.columns} patches does not divide into {k} × {k}")
         if max(picture.rows, picture.columns) > config.position_embedding_size:
             have = config.position_embedding_size
             raise ValueError(f"a picture of {picture.rows} × {picture.columns} patches; the tower has {have} positions")
+        return patches
 
 
 def rotate_in_plane(x: Tensor, turn: Rotation) -> Tensor:
@@ -199,9 +199,10 @@ def _batches(pictures: list[tuple[bytes, Picture]]) -> list[list[tuple[bytes, Pi
     groups: list[list[tuple[bytes, Picture]]] = []
     filled = TOGETHER
     for digest, picture in pictures:
-        if filled + len(picture.patches) > TOGETHER or not groups:
+        count = picture.rows * picture.columns
+        if filled + count > TOGETHER or not groups:
             groups.append([])
             filled = 0
         groups[-1].append((digest, picture))
-        filled += len(picture.patches)
+        filled += count
     return groups

@@ -36,6 +36,7 @@ class TrainOptions:
     rollout: float = option(0.0, "share of canvases taken from the model's own denoising", most=1)
     leave_one_out: bool = option(False, "leave-one-out cross-entropy")
     router: bool = option(False, "train the router too; with scratch it always is")
+    vision: bool = option(False, "train the image tower too; with scratch there is none otherwise")
     checkpointing: bool = option(False, "recompute activations instead of keeping them")
     workers: int = option(0, "processes that prepare batches; 0: none but the trainer")
     seed: int = option(0, "of data order and noise", most=2**63 - 1)

@@ -29,7 +29,8 @@ def roll_out(model: DiffusionGemma, batch: Batch, drawn: Corruption, options: Tr
     if not rows:
         return drawn
     cache = model.new_cache(len(rows))
-    model.encode([batch.examples[batch.owner[row]][: batch.start[row]] for row in rows], cache)
+    tokens, shown = zip(*(batch.before(row) for row in rows), strict=True)
+    model.encode(tokens, cache, pictures=shown)
     config, decoding = model.config, GenerationConfig()
     noises = [Noise(rng.getrandbits(63), config.vocab_size, config.canvas_length) for _ in rows]
     canvases = [Canvas.begin(model, i, 0, decoding, noise) for i, noise in enumerate(noises)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dgemma.config import ModelConfig, VisionConfig
 from dgemma.model.network import DiffusionGemma
-from dgemma.picture import Picture, Placed
+from dgemma.picture import Patches, Picture, Placed
 
 
 def with_tower(config: ModelConfig, rng: random.Random, **changes: Any) -> ModelConfig:
@@ -55,7 +55,7 @@ def picture(config: ModelConfig, rows: int, columns: int, seed: int) -> Picture:
     assert config.vision
     k = config.vision.pooling_kernel_size
     shape = (rows * columns * k * k, 3 * config.vision.patch_size**2)
-    return Picture(np.random.default_rng(seed).integers(0, 256, shape, np.uint8), rows * k, columns * k)
+    return Patches(np.random.default_rng(seed).integers(0, 256, shape, np.uint8), rows * k, columns * k)
 
 
 def inputs(pictures: Sequence[Picture], patches: int) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ def prompt_of(parts: Sequence[Picture | list[int]], config: ModelConfig) -> tupl
     tokens: list[int] = []
     placed = []
     for part in parts:
-        if isinstance(part, Picture):
+        if isinstance(part, Patches):
             count = len(part.patches) // config.vision.pooling_kernel_size**2
             placed.append(Placed(part, len(tokens), len(tokens) + count))
             tokens += [config.image_token_id or 0] * count
