@@ -22,7 +22,7 @@ from dgemma.decoding.noise import Noise
 from dgemma.decoding.pins import Known
 from dgemma.edit import Edit, edit
 from dgemma.infill import Infill, infill
-from dgemma.media.prompt import media_of, opened, prompted, shows
+from dgemma.media.prompt import media_of, opened, prompted, quiet, shows
 from dgemma.media.sources import Sources
 from dgemma.model.cache import Cache
 from dgemma.model.kv_formats import page_format
@@ -260,8 +260,7 @@ class LanguageModel:
                 raise ValueError(f"{next(iter(media))} has no effect: there is no image or video in the prompt")
             return Prompted(self._text_tokens(prompt, think, tools))
         messages = self.opened(cast(Sequence[Message], prompt), media, sources)
-        text = self.render(messages, think=think, tools=tools)
-        return prompted(text, media_of(messages), self.tokenizer, self.model.config)
+        return self._prompted(messages, think=think, tools=tools)
 
     def opened(
         self, messages: Sequence[Message], media: Mapping[str, int] | None = None, sources: Sources | None = None
@@ -269,6 +268,11 @@ class LanguageModel:
         """Messages with what their images and videos show in the places of paths, URLs and bytes; see `read`."""
         config = self.model.config
         return opened(messages, config, MediaConfig.of(config, **(media or {})), sources or Sources())
+
+    def _prompted(self, messages: Sequence[Message], **chat: Any) -> Prompted:
+        """Opened messages as the model reads them; chat: as for `render`."""
+        text = self.render(quiet(messages, self.tokenizer, self.model.config), **chat)
+        return prompted(text, media_of(messages), self.tokenizer, self.model.config)
 
     def _text_tokens(self, prompt: Any, think: bool, tools: Sequence[dict[str, Any]] | None) -> list[int]:
         if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
@@ -405,8 +409,9 @@ class Chat:
             yield event
 
     def _read(self, messages: Sequence[Message], **chat: Any) -> Prompted:
-        text = self.lm.render(messages, **chat)
-        return prompted(text, media_of(messages), self.lm.tokenizer, self.lm.model.config)
+        if shows(messages):
+            return self.lm._prompted(messages, **chat)
+        return Prompted(self.lm.tokenizer.encode(self.lm.render(messages, **chat)))
 
     @torch.inference_mode()
     def _encode(self, wanted: Prompted) -> None:

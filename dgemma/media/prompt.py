@@ -12,7 +12,8 @@ from dgemma.media.images import FilePicture, open_image, picture_of
 from dgemma.media.sources import KINDS, OPENED, Sources, payload
 from dgemma.media.video import frames
 from dgemma.picture import Clip, Picture, Placed, Prompted
-from dgemma.text.tokenizer import Tokenizer
+from dgemma.text.messages import map_text
+from dgemma.text.tokenizer import BREAK, Tokenizer
 
 VIDEO = "<|video|>"
 """What templates write for a video; no model of the family has tokens of its own for one."""
@@ -80,12 +81,24 @@ def rooted(messages: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str
     return changed
 
 
+def quiet(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, config: ModelConfig) -> list[Any]:
+    """The messages for a template, with the marks of images and videos broken in all texts: a model may write them."""
+    markers = [tokenizer.token(config.image_token_id), VIDEO] if config.image_token_id is not None else [VIDEO]
+
+    def change(text: str) -> str:
+        for marker in markers:
+            text = text.replace(marker, _broken(marker))
+        return text
+
+    return [map_text(message, change) for message in messages]
+
+
 def prompted(text: str, shown: Sequence[Media], tokenizer: Tokenizer, config: ModelConfig) -> Prompted:
-    """A rendered prompt in tokens, with each marker spelled out: an image as its soft tokens between two that open and
-    close it, a video as the time and the image of each frame.
+    """A prompt in tokens, rendered from `quiet` messages, with each marker spelled out: an image as its soft tokens
+    between two that open and close it, a video as the time and the image of each frame.
     """
     if not shown:
-        return Prompted(tokenizer.encode(text))
+        return Prompted(tokenizer.encode(_whole(text, tokenizer)))
     vision = _vision(config, "the prompt")
     if None in (config.image_token_id, config.boi_token_id, config.eoi_token_id):
         raise ValueError("config.json names no image_token_id, boi_token_id and eoi_token_id: it takes no images")
@@ -104,7 +117,7 @@ def prompted(text: str, shown: Sequence[Media], tokenizer: Tokenizer, config: Mo
         blocks = [f"{_clock(t)} {block(p)}" for t, p in each.frames] if isinstance(each, Clip) else [block(each)]
         spelled += [text[at : match.start()], " ".join(blocks)]
         at = match.end()
-    tokens = tokenizer.encode("".join([*spelled, text[at:]]))
+    tokens = tokenizer.encode(_whole("".join([*spelled, text[at:]]), tokenizer))
     pictures = [picture for each in shown for picture in _pictures(each)]
     return Prompted(tokens, _placed(tokens, pictures, vision, config.image_token_id))
 
@@ -131,13 +144,20 @@ def _placed(tokens: list[int], pictures: list[Picture], vision: VisionConfig, im
         at = tokens.index(image or 0, at)
         placed.append(Placed(picture, at, at + length))
         at += length
-    if tokens.count(image or 0) != sum(each.end - each.begin for each in placed):
-        raise ValueError("a text that is no user's spells the token of an image where there is none")
     return tuple(placed)
 
 
 def _pictures(media: Media) -> list[Picture]:
     return [picture for _, picture in media.frames] if isinstance(media, Clip) else [media]
+
+
+def _broken(marker: str) -> str:
+    return marker[0] + BREAK + marker[1:]
+
+
+def _whole(text: str, tokenizer: Tokenizer) -> str:
+    """Takes the mark out of what is no token of the tokenizer's, which takes it out of its own."""
+    return text if VIDEO in tokenizer.added else text.replace(_broken(VIDEO), VIDEO)
 
 
 def _length(picture: Picture, vision: VisionConfig) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dgemma.config import MediaConfig, ModelConfig
-from dgemma.media.prompt import media_of, opened, prompted, rooted, shows
+from dgemma.media.prompt import media_of, opened, prompted, quiet, rooted, shows
 from dgemma.media.sources import Sources
 from dgemma.picture import Placed, Prompted
 from dgemma.text.chat import ChatTemplate
@@ -90,7 +90,7 @@ def examples(
             raise ValueError("messages: images and video are not taken here")
         rootless = rooted(data.messages, folder) if folder else data.messages
         shown = opened(rootless, config, MediaConfig.of(config), Sources(), held=False)
-        data = replace(data, messages=tuple(shown))
+        data = replace(data, messages=tuple(quiet(shown, tokenizer, config)))
     for prompt, response, pictures in _turns(data, tokenizer, template, config):
         if len(prompt) > limit - canvas:
             if not found:

@@ -2,11 +2,13 @@
 
 import base64
 import io
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as Backend
 
 from dgemma.config import MediaConfig, ModelConfig
 from dgemma.media.images import soft_tokens
@@ -105,9 +107,39 @@ def test_users_cannot_spell_an_image() -> None:
     assert len(read.pictures) == 1
     first = read.pictures[0]
     assert read.tokens.count(config.image_token_id or 0) == first.end - first.begin
-    operator = [{"role": "system", "content": "<|image|>"}, *user(image())]
-    with pytest.raises(ValueError, match="2 places"):
-        lm.read(operator)
+
+
+def test_neither_can_a_model_nor_an_operator() -> None:
+    """What a model has said comes back with its special tokens."""
+    lm = seeing_lm()
+    said = "<|image|> a <|video|> <|image>"
+    read = lm.read(
+        [
+            {"role": "system", "content": "<|image|>"},
+            *user(image(), text("the cat")),
+            {"role": "assistant", "content": said},
+            *user(text("and"), image(30, 90)),
+        ]
+    )
+    config = lm.model.config
+    assert len(read.pictures) == 2
+    assert read.tokens.count(config.image_token_id or 0) == sum(each.end - each.begin for each in read.pictures)
+    after = lm.tokenizer.decode(read.tokens[read.pictures[0].end :])
+    assert said.replace("<|image>", "") in after, "as ordinary characters, but for what opens no image by itself"
+    assert "\ufdd0" not in after
+    chat = lm.chat(seed=1, max_new_tokens=4)
+    chat.messages = [*user(image()), {"role": "assistant", "content": said}]
+    assert len(list(chat.send("and?"))) > 2
+    assert chat.messages[1]["content"] == said
+
+
+def test_a_tokenizer_without_a_token_for_videos() -> None:
+    lm = seeing_lm()
+    lacking = Tokenizer(Backend.from_str(lm.tokenizer.backend.to_str().replace("<|video|>", "<|other|>")))
+    lm = replace(lm, tokenizer=lacking)
+    read = lm.read(user(text("a <|video|> b"), {"type": "video", "video": clip([0, 0.5])}))
+    assert "a <|video|> b" in lm.tokenizer.decode(read.tokens)
+    assert len(read.pictures) == 1
 
 
 def test_every_way_to_give_an_image(tmp_path: Path) -> None:
