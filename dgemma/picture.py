@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Picture(Protocol):
@@ -17,7 +18,7 @@ class Picture(Protocol):
     """
 
     @property
-    def patches(self) -> np.ndarray: ...
+    def patches(self) -> "np.ndarray": ...
     @property
     def rows(self) -> int: ...
     @property
@@ -30,14 +31,14 @@ class Picture(Protocol):
 class Patches:
     """A Picture that is held."""
 
-    patches: np.ndarray
+    patches: "np.ndarray"
     rows: int
     columns: int
 
     @cached_property
     def digest(self) -> bytes:
         shape = f"{self.rows}x{self.columns}:".encode()
-        return blake2b(shape + np.ascontiguousarray(self.patches).tobytes(), digest_size=16).digest()
+        return blake2b(shape + self.patches.tobytes(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def needed(module: str) -> Any:
-    """A module of the extra `media`; ModuleNotFoundError says how to get it."""
+    """A module of the extra `media`; ValueError says how to get it."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

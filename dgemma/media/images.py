@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dgemma.config import VisionConfig
 from dgemma.media import needed
 from dgemma.picture import Patches
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -52,6 +51,8 @@ def soft_tokens(height: int, width: int, budget: int, config: VisionConfig) -> i
 
 def picture_of(image: "Image", budget: int, config: VisionConfig) -> Patches:
     """The patches of an RGB image, bicubic with antialias where its size changes."""
+    import numpy as np  # not above: a command's --help need not wait for it
+
     resampling = needed("PIL.Image").Resampling.BICUBIC
     height, width = fitted(image.height, image.width, budget, config)
     if (height, width) != (image.height, image.width):
@@ -80,7 +81,7 @@ class FilePicture:
         return cls(path, budget, config, held.rows, held.columns, held.digest)
 
     @property
-    def patches(self) -> np.ndarray:
+    def patches(self) -> "np.ndarray":
         """ValueError if the file is not what it was."""
         held = picture_of(open_image(self.path, str(self.path)), self.budget, self.config)
         if held.digest != self.digest:
@@ -135,6 +136,8 @@ def _rgb(image: "Image") -> "Image":
         return image
     pillow = needed("PIL.Image")
     if image.mode.startswith("I;16"):
+        import numpy as np
+
         # pillow would cut off everything above 255 and leave it white.
         wide = np.asarray(image).astype(np.uint32)
         return pillow.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")

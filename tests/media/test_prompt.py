@@ -2,6 +2,8 @@
 
 import base64
 import io
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,6 +224,11 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         lm.score(user(image()), "<choice>", ["a", "b"])
     with pytest.raises(ValueError, match="type 'image' is not supported for role 'assistant'"):
         lm.read([*user(text("a")), {"role": "assistant", "content": [image()]}])
+
+
+def test_none_of_it_needs_torch() -> None:
+    code = "import sys, dgemma.media.prompt; print('torch' in sys.modules, 'PIL' in sys.modules, 'av' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["False"] * 3
 
 
 def test_text_alone_needs_no_pillow() -> None:

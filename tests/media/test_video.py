@@ -108,9 +108,10 @@ def test_limits(monkeypatch):
     assert len(frames(clip([2 * i for i in range(30)]), "it")) == 59 < MOST
     with pytest.raises(ValueError, match="must lie in 1 … 60"):
         frames(long, "it", 61)
-    monkeypatch.setattr(video, "DECODED", 8000)
-    with pytest.raises(ValueError, match="it has 8 frames of 1024 pixels, too many"):
-        frames(long, "it", 4)
+    with monkeypatch.context() as few:
+        few.setattr(video, "DECODED", 8000)
+        with pytest.raises(ValueError, match="it has 8 frames of 1024 pixels, too many"):
+            frames(long, "it", 4)
     monkeypatch.setattr(video, "LONGEST", 50)
     with pytest.raises(ValueError, match="it lasts 70 s; at most 50"):
         frames(long, "it", 4)

@@ -92,6 +92,20 @@ def test_logits(seed, mode):
     assert distance(our_logits(in_mode(ours, mode), asked, placed, canvas), reference) <= LIMIT
 
 
+@pytest.mark.parametrize("mode", ["vision", "vision_sliding", None])
+def test_the_config_names_the_mode(mode):
+    ours, _ = pair(0)
+    config = replace(ours.config, use_bidirectional_attention=mode)
+    values = config.to_dict()
+    assert values["text_config"]["use_bidirectional_attention"] == mode
+    assert ModelConfig.from_dict(values) == config
+    del values["text_config"]["use_bidirectional_attention"]
+    assert ModelConfig.from_dict(values).use_bidirectional_attention is None, "as the reference takes it"
+    values["text_config"]["use_bidirectional_attention"] = "all"
+    with pytest.raises(ValueError, match="use_bidirectional_attention cannot be 'all', only 'vision'"):
+        ModelConfig.from_dict(values)
+
+
 def test_the_modes_differ():
     """What a comparison of one mode could be blind to. The last layer's keys alone are no witness."""
     kinds = set()

@@ -9,8 +9,8 @@ import pytest
 
 from dgemma.language_model import LanguageModel
 from tests.media.test_images import noise, saved
-from tests.media.test_prompt import text, url, user
 from tests.media.test_media_sources import Handler
+from tests.media.test_prompt import text, url, user
 from tests.media.test_video import clip
 from tests.random_models import seeing_lm
 from tests.serve.conftest import Site, serving

@@ -73,6 +73,7 @@ export class Attachments {
   }
 
   async add(files) {
+    this.told(); // what was said of earlier files
     for (const file of files) {
       if (!/^(image|video)\//.test(file.type)) this.told(`${file.name} is neither an image nor a video.`);
       else if (!this.allowed()) this.told("This model takes no images.");
