@@ -26,7 +26,6 @@ from dgemma.flags import (
     Quantize,
     UsageError,
     Videos,
-    attachments,
     check_folders,
     checked,
     config_flags,
@@ -35,7 +34,7 @@ from dgemma.flags import (
     media_flags,
 )
 from dgemma.serve.cli import serve
-from dgemma.terminal.attach import Content, content_of
+from dgemma.terminal.attach import Content, attachments, content_of
 from dgemma.train.cli import teach, train
 
 if TYPE_CHECKING:

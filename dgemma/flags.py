@@ -12,7 +12,6 @@ import typer
 from dgemma import embedded
 from dgemma.checkpoints.source import defaults_of, folders_of, resolve
 from dgemma.config import GenerationConfig, MediaConfig
-from dgemma.terminal.attach import attached
 
 if TYPE_CHECKING:
     from dgemma.constraints.compile import Constraint
@@ -103,25 +102,6 @@ def load_checked(
     from dgemma.language_model import load
 
     return load(model if directory.parent == embedded.HERE else directory, device, dtype, quantize, kv_cache)
-
-
-def attachments(
-    images: Sequence[Path] | None, videos: Sequence[Path] | None, media: dict[str, Any], later: bool = False
-) -> list[Any]:
-    """The parts of a message that show files; UsageError for a file that is not there or an option without effect.
-
-    later: there may still come others.
-    """
-    try:
-        MediaConfig(**media)
-        parts = attached(images or (), videos or ())
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from None
-    for name in media:
-        flag, shown = ("--image", images) if name == "image_tokens" else ("--video", videos)
-        if not (shown or later):
-            raise UsageError(f"--{name.replace('_', '-')} has no effect without {flag}")
-    return parts
 
 
 def check_folders(*files: Path | None) -> None:

@@ -254,6 +254,8 @@ class LanguageModel:
         media: fields of MediaConfig; sources: what may be read for images and videos, files if not told.
         """
         if isinstance(prompt, Prompted):
+            if media:
+                raise ValueError(f"{next(iter(media))} has no effect: the prompt has been read already")
             return prompt
         if isinstance(prompt, str) or not shows(prompt):
             if media:

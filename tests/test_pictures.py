@@ -35,6 +35,9 @@ def test_a_read_prompt_says_the_same(lm: LanguageModel) -> None:
     answer = lm.generate(read, seed=3)
     assert answer.tokens == lm.generate(asked, seed=3).tokens
     assert answer.prompt_tokens == len(read.tokens)
+    for prompt, why in ((read, "has been read already"), ("the cat", "no image or video")):
+        with pytest.raises(ValueError, match=f"image_tokens has no effect: .*{why}"):
+            lm.generate(prompt, media={"image_tokens": 70})
 
 
 def test_every_mode_sees(lm: LanguageModel) -> None:

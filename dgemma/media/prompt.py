@@ -9,10 +9,10 @@ from typing import Any
 
 from dgemma.config import BUDGETS, MediaConfig, ModelConfig, VisionConfig
 from dgemma.media.images import FilePicture, open_image, picture_of
-from dgemma.media.sources import KINDS, OPENED, Sources, payload
+from dgemma.media.sources import OPENED, Sources, payload
 from dgemma.media.video import frames
 from dgemma.picture import Clip, Picture, Placed, Prompted
-from dgemma.text.messages import map_text
+from dgemma.text.messages import MEDIA, map_text
 from dgemma.text.tokenizer import BREAK, Tokenizer
 
 VIDEO = "<|video|>"
@@ -133,7 +133,7 @@ def _parts(messages: Any) -> Any:
         content = message.get("content") if isinstance(message, Mapping) else None
         if isinstance(content, Sequence) and not isinstance(content, str):
             for j, part in enumerate(content):
-                if isinstance(part, Mapping) and isinstance(part.get("type"), str) and part["type"] in KINDS:
+                if isinstance(part, Mapping) and isinstance(part.get("type"), str) and part["type"] in MEDIA:
                     yield i, j, part
 
 

@@ -14,8 +14,8 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from dgemma.media.images import FilePicture
 from dgemma.picture import Clip, Patches
+from dgemma.text.messages import MEDIA
 
-KINDS = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 OPENED = (Patches, FilePicture, Clip)
 MAX_REMOTE_BYTES = 32 << 20
 SECONDS = 20.0
@@ -92,7 +92,7 @@ def payload(part: Mapping[str, Any], where: str) -> tuple[str, Any, str | None]:
     OpenAI's API, and the same with "video". ValueError for a part without one of them.
     """
     name = part["type"]
-    kind, field = KINDS[name], f"{where}.{name}"
+    kind, field = MEDIA[name], f"{where}.{name}"
     held, detail = part.get(name), None
     if name.endswith("_url") and isinstance(held, Mapping):
         unknown = held.keys() - {"url", "detail"}

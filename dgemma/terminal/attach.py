@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dgemma.config import MediaConfig
+from dgemma.flags import UsageError
+
 Part = dict[str, Any]
 Content = str | Sequence[Part]
 
@@ -18,6 +21,25 @@ def attached(images: Iterable[Path], videos: Iterable[Path]) -> list[Part]:
         path = part[part["type"]]
         if not path.is_file():
             raise FileNotFoundError(f"there is no {part['type']} file {path}")
+    return parts
+
+
+def attachments(
+    images: Sequence[Path] | None, videos: Sequence[Path] | None, media: dict[str, Any], later: bool = False
+) -> list[Part]:
+    """The parts of a message that show files; UsageError for a file that is not there or an option without effect.
+
+    later: there may still come others.
+    """
+    try:
+        MediaConfig(**media)
+        parts = attached(images or (), videos or ())
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    for name in media:
+        flag, shown = ("--image", images) if name == "image_tokens" else ("--video", videos)
+        if not (shown or later):
+            raise UsageError(f"--{name.replace('_', '-')} has no effect without {flag}")
     return parts
 
 
