@@ -31,7 +31,7 @@ def best_of(
     started = perf_counter()
     prefix = cache.fork() if cache else lm.model.new_cache()
     with torch.inference_mode():
-        lm.model.encode([one.prompt[:-1]], prefix)
+        lm.model.encode([one.prompt[:-1]], prefix, pictures=[one.pictures])
     shared = (perf_counter() - started) / count
 
     seeds = [(seed + i) % (1 << 64) for i in range(count)]

@@ -20,17 +20,21 @@ from dgemma.flags import (
     Device,
     Dtype,
     Format,
+    Images,
     KVCache,
     Model,
     Quantize,
     UsageError,
+    Videos,
     check_folders,
     checked,
     config_flags,
     constraint_of,
     load_checked,
+    media_flags,
 )
 from dgemma.serve.cli import serve
+from dgemma.terminal.attach import Content, attachments, content_of
 from dgemma.train.cli import teach, train
 
 if TYPE_CHECKING:
@@ -77,9 +81,12 @@ def _start(context: typer.Context) -> None:
 
 @app.command()
 @config_flags
+@media_flags
 def run(
     model: Model = "sudoku",
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="the text; - reads standard input")] = None,
+    image: Images = None,
+    video: Videos = None,
     system: System = None,
     think: Think = False,
     visual: Visual = False,
@@ -99,13 +106,15 @@ def run(
     kv_cache: KVCache = None,
     *,
     config: dict[str, Any],
+    media: dict[str, Any],
 ) -> None:
-    """Answer one prompt."""
+    """Answer one prompt, about images and videos if there are any."""
     if as_json and visual:
         raise UsageError("--json and --visual exclude each other")
     if pace is not None and not (visual and 0 <= pace <= 60):
         raise UsageError("--pace takes 0 to 60 seconds" if visual else "--pace has no effect without --visual")
     check_folders(trace)
+    shown = attachments(image, video, media)
     options = _options(config, seed, visual, autoregressive, temperature)
     constraint = constraint_of(schema, regex, choice, grammar)
     if constraint is not None and autoregressive:
@@ -120,13 +129,15 @@ def run(
             raise UsageError(str(error)) from None
 
     lm = _load(model, directory, device, dtype, quantize, kv_cache, think)
-    messages = [{"role": "system", "content": system}] if system else []
-    asked = [*messages, {"role": "user", "content": text}] if system else text
+    messages: list[Any] = [{"role": "system", "content": system}] if system else []
+    said = content_of(shown, text)
+    whole = [*messages, {"role": "user", "content": said}] if system or shown else text
+    asked = lm.read(whole, think=think, media=media)
     events = lm.stream(asked, think=think, constraint=constraint, **options)
     if trace:
         from dgemma.terminal.replay import recorded
 
-        events = recorded(events, trace, lm, lm.tokens(asked, think=think), options)
+        events = recorded(events, trace, lm, asked.tokens, options)
     if as_json:
         *_, finished = events
     else:
@@ -148,11 +159,14 @@ def run(
 
 @app.command()
 @config_flags
+@media_flags
 def chat(
     model: Annotated[
         str | None,
         typer.Argument(help="as for run; with --url a name there", show_default="tiny, or the first there"),
     ] = None,
+    image: Images = None,
+    video: Videos = None,
     system: System = None,
     think: Think = False,
     visual: Visual = False,
@@ -167,8 +181,10 @@ def chat(
     kv_cache: KVCache = None,
     *,
     config: dict[str, Any],
+    media: dict[str, Any],
 ) -> None:
-    """Talk with a model over several turns; /help lists the commands."""
+    """Talk with a model over several turns; /help lists the commands. Files go along with the first message."""
+    shown = attachments(image, video, media, later=True)
     options = _options(config, seed, visual, autoregressive, temperature)
     if url is not None:
         given = {"device": device, "dtype": dtype, "quantize": quantize, "kv-cache": kv_cache}
@@ -177,7 +193,7 @@ def chat(
                 raise UsageError(f"--{name} has no effect with --url")
         from dgemma.terminal.remote import converse
 
-        converse(url, api_key, model, system, think, visual, options)
+        converse(url, api_key, model, system, think, visual, options, shown, media)
         return
     if api_key is not None:
         raise UsageError("--api-key has no effect without --url")
@@ -187,17 +203,17 @@ def chat(
     from dgemma.terminal.screen import Screen
     from dgemma.terminal.view import View
 
-    chat = lm.chat(**options)
+    chat = lm.chat(**options, media=media)
 
-    def answer(text: str, think: bool) -> None:
+    def answer(said: Content, think: bool) -> None:
         if lm.task:  # made for one question at a time
             chat.reset()
         view = View(Screen(sys.stdout), lm.tokenizer, lm.defaults.eos_token_id, visual)
-        result = lm.result(view.show(chat.send(text, think=think)), options["seed"])
+        result = lm.result(view.show(chat.send(said, think=think)), options["seed"])
         _tell(result, autoregressive)
-        _judge(lm.task.check(text, result.text) if lm.task else None)
+        _judge(lm.task.check(said, result.text) if lm.task and isinstance(said, str) else None)
 
-    conversation = Conversation(chat, answer, think)
+    conversation = Conversation(chat, answer, think, shown)
     if system:
         conversation.set_system(system)
     conversation.run()

@@ -7,6 +7,14 @@ from pathlib import Path
 from typing import Any, Self
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+BOTH_WAYS = {"vision": {SLIDING, FULL}, "vision_sliding": {SLIDING}, None: set[str]()}
+"""use_bidirectional_attention: in which layers the tokens of an image see each other in both directions.
+
+"vision": in all of them, as the released model is run by transformers' `generate`; "vision_sliding", a name of this
+project: in the sliding ones and within the window, as Gemma 4 does; None: in none.
+"""
+BUDGETS = (70, 140, 280, 560, 1120)
+"""Soft tokens an image may take: those the family was trained for."""
 GAP_MARKER = "<fill>"
 GAP_TOKENS = 64
 """Infill's longest gap, if nobody tells."""
@@ -48,15 +56,32 @@ class VisionConfig:
     position_embedding_size: int
     standardize: bool
     use_clipped_linears: bool
+    pooling_kernel_size: int = 3
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 100.0
     source: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.head_dim % 4:
+            raise ValueError(f"config.json: vision_config's head_dim must be a multiple of 4, not {self.head_dim}")
+        kv_heads = self.source.get("num_key_value_heads", self.num_attention_heads)
+        if kv_heads != self.num_attention_heads:
+            raise ValueError(
+                f"config.json: vision_config's num_key_value_heads must be its {self.num_attention_heads} attention "
+                f"heads, not {kv_heads}"
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        names = [f.name for f in fields(cls) if f.name != "source"]
-        missing = [name for name in names if name not in values]
+        own = [f for f in fields(cls) if f.name != "source"]
+        missing = [f.name for f in own if f.default is MISSING and f.name not in values]
         if missing:
             raise ValueError(f"config.json: vision_config lacks {', '.join(missing)}")
-        return cls(**{name: values[name] for name in names}, source=dict(values))
+        rope = values.get("rope_parameters") or {}
+        found = {f.name: values[f.name] for f in own if f.name in values}
+        if "rope_theta" in rope:
+            found["rope_theta"] = float(rope["rope_theta"])
+        return cls(**found, source=dict(values))
 
 
 @dataclass(frozen=True)
@@ -95,6 +120,7 @@ class ModelConfig:
     boi_token_id: int | None = None
     eoi_token_id: int | None = None
     vision_soft_tokens_per_image: int = 280
+    use_bidirectional_attention: str | None = "vision"
     vision: VisionConfig | None = None
 
     def __post_init__(self) -> None:
@@ -113,6 +139,9 @@ class ModelConfig:
                 raise ValueError(f"config.json: {self.num_attention_heads} query heads do not share {heads} kv heads")
         if self.top_k_experts > self.num_experts:
             raise ValueError(f"config.json: top_k_experts {self.top_k_experts} > num_experts {self.num_experts}")
+        if self.use_bidirectional_attention not in BOTH_WAYS:
+            told = f"{self.use_bidirectional_attention!r}, only {', '.join(map(repr, BOTH_WAYS))}"
+            raise ValueError(f"config.json: use_bidirectional_attention cannot be {told}")
         if self.head_dim % 2 or self.global_head_dim % 2:
             raise ValueError(f"config.json: head sizes must be even, not {self.head_dim} and {self.global_head_dim}")
 
@@ -170,8 +199,6 @@ class ModelConfig:
                 raise ValueError(f"config.json: {name} {text[name]!r} is not supported, only {only!r}")
         if values.get("tie_word_embeddings", True) is not True:
             raise ValueError("config.json: tie_word_embeddings false is not supported; the family ties them")
-        if text.get("use_bidirectional_attention") == "all":
-            raise ValueError("config.json: use_bidirectional_attention 'all' is not supported, only 'vision' or null")
         if "layer_types" not in text:
             raise ValueError("config.json: text_config lacks layer_types")
         text |= _full_layers(text)
@@ -182,6 +209,7 @@ class ModelConfig:
         found: dict[str, Any] = {name: text[name] for name in own if text.get(name) is not None} | top
         found |= {key: Rope.from_dict(rope[kind]) for key, kind in _ROPES.items() if kind in rope}
         found["layer_types"] = tuple(text["layer_types"])
+        found["use_bidirectional_attention"] = text.get("use_bidirectional_attention")
         found["eos_token_id"] = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
         if values.get("vision_config"):
             found["vision"] = VisionConfig.from_dict(values["vision_config"])
@@ -206,7 +234,6 @@ class ModelConfig:
             "initializer_range": self.initializer_range,
             "dtype": self.dtype,
             "tie_word_embeddings": True,
-            "use_bidirectional_attention": "vision",
         }
         return {
             "architectures": ["DiffusionGemmaForBlockDiffusion"],
@@ -315,6 +342,34 @@ class GenerationConfig:
             "eos_token_id": list(self.eos_token_id),
             "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": self.entropy_bound},
         }
+
+
+@dataclass(frozen=True)
+class MediaConfig:
+    """How images and video are taken in. Raises ValueError naming the option and what it may be."""
+
+    image_tokens: int = field(default=280, metadata={"help": "soft tokens an image may take: 70, 140, 280, 560, 1120"})
+    frame_tokens: int = field(default=70, metadata={"help": "the same for a frame of a video"})
+    video_frames: int = field(default=0, metadata={"help": "frames spread over a video; 0: one a second, up to 60 s"})
+
+    def __post_init__(self) -> None:
+        for name, most in (("image_tokens", BUDGETS[-1]), ("frame_tokens", BUDGETS[-1]), ("video_frames", 60)):
+            value, least = getattr(self, name), 0 if name == "video_frames" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise ValueError(f"{name} must be a whole number in {least} … {most}, not {value!r}")
+
+    @classmethod
+    def of(cls, config: ModelConfig, **given: Any) -> Self:
+        """What was given, else the model's own; soft tokens that it was made for."""
+        own, names = config.vision_soft_tokens_per_image, [f.name for f in fields(cls)]
+        if unknown := given.keys() - set(names):
+            raise ValueError(f"unknown option {min(unknown)!r} of media; known: {', '.join(names)}")
+        media = cls(**{"image_tokens": own, **given})
+        for name in ("image_tokens", "frame_tokens"):
+            known = sorted({*BUDGETS, own})
+            if getattr(media, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, not {getattr(media, name)}")
+        return media
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import typer
 
 from dgemma import embedded
 from dgemma.checkpoints.source import defaults_of, folders_of, resolve
-from dgemma.config import GenerationConfig
+from dgemma.config import GenerationConfig, MediaConfig
 
 if TYPE_CHECKING:
     from dgemma.constraints.compile import Constraint
@@ -34,6 +34,14 @@ KVCache = Annotated[
     typer.Option(
         "--kv-cache", help="keep keys and values of encoded tokens in 8 bits", show_default="the model's dtype"
     ),
+]
+
+
+Images = Annotated[
+    list[Path] | None, typer.Option("--image", help="FILE to show before the prompt; may be given again")
+]
+Videos = Annotated[
+    list[Path] | None, typer.Option("--video", help="FILE of which frames are shown; may be given again")
 ]
 
 
@@ -68,6 +76,7 @@ def flags_of(options: type, parameter: str) -> Callable[[Callable[..., None]], C
 
 
 config_flags = flags_of(GenerationConfig, "config")
+media_flags = flags_of(MediaConfig, "media")
 
 
 def checked(model: str, config: dict[str, Any]) -> Path:

@@ -12,6 +12,7 @@ from dgemma.decoding import blocks
 from dgemma.decoding.pins import Known
 from dgemma.model.cache import Cache
 from dgemma.model.network import DiffusionGemma
+from dgemma.picture import Prompted
 from dgemma.scoring import log_probabilities
 from dgemma.text.tokenizer import Tokenizer
 
@@ -208,6 +209,8 @@ def _messages(lm: "LanguageModel", prompt: "Prompt | None") -> "list[Message] | 
         return None
     if prompt is None:
         return []
+    if isinstance(prompt, Prompted):
+        return None
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     messages = [item for item in prompt if not isinstance(item, int)]

@@ -12,7 +12,7 @@ from dgemma.checkpoints.adapters import load_adapter
 from dgemma.checkpoints.gguf import read_gguf
 from dgemma.checkpoints.load import load_gguf, load_model
 from dgemma.checkpoints.source import GGUF, defaults_of, folders_of, holder, resolve
-from dgemma.config import GAP_TOKENS, GenerationConfig
+from dgemma.config import GAP_TOKENS, GenerationConfig, MediaConfig
 from dgemma.constraints.compile import Constraint, compiled
 from dgemma.decoding import autoregressive as left_to_right
 from dgemma.decoding import blocks
@@ -22,11 +22,14 @@ from dgemma.decoding.noise import Noise
 from dgemma.decoding.pins import Known
 from dgemma.edit import Edit, edit
 from dgemma.infill import Infill, infill
+from dgemma.media.prompt import media_of, opened, prompted, quiet, shows
+from dgemma.media.sources import Sources
 from dgemma.memory import keep_freed_memory
 from dgemma.model.cache import Cache
 from dgemma.model.kv_formats import page_format
 from dgemma.model.lora import merge_lora
 from dgemma.model.network import DiffusionGemma
+from dgemma.picture import Prompted
 from dgemma.quant.modules import matrices
 from dgemma.quant.quantize import Quantization
 from dgemma.text import ggml_tokenizer
@@ -35,8 +38,8 @@ from dgemma.text.output import ToolCall, parse_tokens
 from dgemma.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-Prompt = str | Sequence[Message] | Sequence[int]
-"""A user's text, chat messages, or token ids that are taken as they are."""
+Prompt = str | Sequence[Message] | Sequence[int] | Prompted
+"""A user's text, chat messages, or token ids that are taken as they are; or what `LanguageModel.read` made of them."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class LanguageModel:
         pins: Mapping[int, int] | None = None,
         draft: str | Sequence[int] = (),
         noise_level: float = 1.0,
+        media: Mapping[str, int] | None = None,
         **options: Any,
     ) -> Iterator[Event]:
         """The events of one answer as they happen, from Prefilled to Finished.
@@ -110,6 +114,9 @@ class LanguageModel:
         encoded prefix of one row that the prompt continues; it stays as it is. autoregressive: the same weights left
         to right, at `temperature`. options: fields of GenerationConfig, over the checkpoint's own; a wrong one is a
         ValueError that names it.
+
+        Messages may hold images and videos (`dgemma.media.sources.payload` says how), best before the text that is
+        about them; media: fields of MediaConfig for them.
 
         constraint: what the answer must match, whatever the model believes: a JSON schema (a dictionary), a regular
         expression (a string), a list of choices, or `dgemma.grammar(...)`. pins: tokens by their position in the
@@ -125,6 +132,7 @@ class LanguageModel:
             pins=pins,
             draft=draft,
             noise_level=noise_level,
+            media=media,
             **options,
         )
         if noise:
@@ -146,14 +154,17 @@ class LanguageModel:
         pins: Mapping[int, int] | None = None,
         draft: str | Sequence[int] = (),
         noise_level: float = 1.0,
+        media: Mapping[str, int] | None = None,
         **options: Any,
     ) -> blocks.Request:
         """What `stream` is asked for, as a row of a batch."""
-        tokens = torch.tensor(self.tokens(prompt, think=think, tools=tools), dtype=torch.int64)
+        read = self.read(prompt, think=think, tools=tools, media=media)
+        tokens = torch.tensor(read.tokens, dtype=torch.int64)
         config = self.defaults.with_options(**options)
         drafted = tuple(self.tokenizer.encode(draft) if isinstance(draft, str) else draft)
         automaton = None if constraint is None else self.automaton(constraint, config, think)
-        return blocks.Request(tokens, config, self.noise(seed), Known(pins or {}, drafted, noise_level, automaton))
+        known = Known(pins or {}, drafted, noise_level, automaton)
+        return blocks.Request(tokens, config, self.noise(seed), known, read.pictures)
 
     def infill(
         self,
@@ -224,7 +235,49 @@ class LanguageModel:
     def tokens(
         self, prompt: Prompt, *, think: bool = False, tools: Sequence[dict[str, Any]] | None = None
     ) -> list[int]:
-        """A prompt as the model reads it. Without a chat template, text is taken as it is, behind a bos token."""
+        """A prompt of text as the model reads it; ValueError for one with images or video (see `read`)."""
+        read = self.read(prompt, think=think, tools=tools)
+        if read.pictures:
+            raise ValueError("messages: images and video are not taken here; only text is")
+        return read.tokens
+
+    def read(
+        self,
+        prompt: Prompt,
+        *,
+        think: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+        media: Mapping[str, int] | None = None,
+        sources: Sources | None = None,
+    ) -> Prompted:
+        """A prompt as the model reads it. Without a chat template, text is taken as it is, behind a bos token.
+
+        media: fields of MediaConfig; sources: what may be read for images and videos, files if not told.
+        """
+        if isinstance(prompt, Prompted):
+            if media:
+                raise ValueError(f"{next(iter(media))} has no effect: the prompt has been read already")
+            return prompt
+        if isinstance(prompt, str) or not shows(prompt):
+            if media:
+                raise ValueError(f"{next(iter(media))} has no effect: there is no image or video in the prompt")
+            return Prompted(self._text_tokens(prompt, think, tools))
+        messages = self.opened(cast(Sequence[Message], prompt), media, sources)
+        return self._prompted(messages, think=think, tools=tools)
+
+    def opened(
+        self, messages: Sequence[Message], media: Mapping[str, int] | None = None, sources: Sources | None = None
+    ) -> list[Message]:
+        """Messages with what their images and videos show in the places of paths, URLs and bytes; see `read`."""
+        config = self.model.config
+        return opened(messages, config, MediaConfig.of(config, **(media or {})), sources or Sources())
+
+    def _prompted(self, messages: Sequence[Message], **chat: Any) -> Prompted:
+        """Opened messages as the model reads them; chat: as for `render`."""
+        text = self.render(quiet(messages, self.tokenizer, self.model.config), **chat)
+        return prompted(text, media_of(messages), self.tokenizer, self.model.config)
+
+    def _text_tokens(self, prompt: Any, think: bool, tools: Sequence[dict[str, Any]] | None) -> list[int]:
         if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
             ids = cast(list[int], list(prompt))
             unknown = [i for i in ids if not 0 <= i < self.model.config.vocab_size]
@@ -309,12 +362,13 @@ class LanguageModel:
     @torch.inference_mode()
     def log_probabilities(self, prompt: Prompt, continuation: str | Sequence[int]) -> list[float]:
         """Log-probability in nats of each token of a continuation, left to right, by the causal mode."""
-        before = self.tokens(prompt)
+        read = self.read(prompt)
+        before = read.tokens
         after = self.tokenizer.encode(continuation) if isinstance(continuation, str) else list(continuation)
         if not after:
             raise ValueError("the continuation is empty: there is nothing to score")
         cache = self.model.new_cache()
-        self.model.encode([torch.tensor(before[:-1], dtype=torch.int64)], cache)
+        self.model.encode([torch.tensor(before[:-1], dtype=torch.int64)], cache, pictures=[read.pictures])
         return scoring.log_probabilities(self.model, cache, before[-1], [after])[0]
 
     def chat(self, **options: Any) -> "Chat":
@@ -333,39 +387,46 @@ class Chat:
     def reset(self) -> None:
         """Forgets all turns but a system message."""
         self.messages = [m for m in self.messages if m["role"] == "system"]
-        self._encoded: list[int] = []
+        self._encoded = Prompted([])
         self._cache = self.lm.model.new_cache()
 
-    def send(self, text: str, **options: Any) -> Iterator[Event]:
-        """The events of the answer to one more user message.
+    def send(self, content: str | Sequence[Mapping[str, Any]], **options: Any) -> Iterator[Event]:
+        """The events of the answer to one more user message: a text, or parts of text, images and video.
 
         The turn counts once it is complete; if the caller stops early or something fails, the conversation stays as
         it was.
         """
         options = {**self.options, **options}
-        messages = [*self.messages, {"role": "user", "content": text}]
         chat = {name: options.pop(name, None) for name in ("think", "tools")}
-        settled = self.lm.tokenizer.encode(self.lm.render(messages, **chat, reply=False))
-        whole = self.lm.tokenizer.encode(self.lm.render(messages, **chat))
-        if whole[: len(settled)] != settled:
-            settled = []
+        messages, media = [*self.messages, {"role": "user", "content": content}], options.pop("media", None)
+        if shows(messages):
+            messages = self.lm.opened(messages, media)
+        settled, whole = (self._read(messages, reply=reply, **chat) for reply in (False, True))
+        if whole.part(0, len(settled.tokens)).tokens != settled.tokens:
+            settled = Prompted([])
         self._encode(settled)
-        for event in self.lm.stream(whole[len(settled) :], cache=self._cache, **options):
+        for event in self.lm.stream(whole.part(len(settled.tokens)), cache=self._cache, **options):
             if isinstance(event, Finished):
                 answer = self.lm.result(event).text
                 self.messages = [*messages, {"role": "assistant", "content": answer}]
             yield event
 
+    def _read(self, messages: Sequence[Message], **chat: Any) -> Prompted:
+        if shows(messages):
+            return self.lm._prompted(messages, **chat)
+        return Prompted(self.lm.tokenizer.encode(self.lm.render(messages, **chat)))
+
     @torch.inference_mode()
-    def _encode(self, tokens: list[int]) -> None:
+    def _encode(self, wanted: Prompted) -> None:
         """Brings the cache to these tokens: from what it holds if they continue it, else from nothing."""
         encoded, cache = self._encoded, self._cache
-        if tokens[: len(encoded)] != encoded:
-            encoded, cache = [], self.lm.model.new_cache()
+        if not wanted.begins_with(encoded):
+            encoded, cache = Prompted([]), self.lm.model.new_cache()
+        rest = wanted.part(len(encoded.tokens))
         # Until it is through, nothing counts: an encode that is interrupted leaves a cache of unknown length.
-        self._encoded, self._cache = [], self.lm.model.new_cache()
-        self.lm.model.encode([torch.tensor(tokens[len(encoded) :], dtype=torch.int64)], cache)
-        self._encoded, self._cache = tokens, cache
+        self._encoded, self._cache = Prompted([]), self.lm.model.new_cache()
+        self.lm.model.encode([torch.tensor(rest.tokens, dtype=torch.int64)], cache, pictures=[rest.pictures])
+        self._encoded, self._cache = wanted, cache
 
 
 def load(

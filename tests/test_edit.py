@@ -68,9 +68,9 @@ def test_canvases_before_the_first_change_are_only_encoded_and_those_behind_the_
     encoded: list[int] = []
     encode = DiffusionGemma.encode
 
-    def count(self: DiffusionGemma, tokens: object, cache: object, logits: bool = False) -> object:
+    def count(self: DiffusionGemma, tokens: object, cache: object, **rest: object) -> object:
         encoded.append(sum(len(row) for row in tokens))  # type: ignore[attr-defined]
-        return encode(self, tokens, cache, logits)  # type: ignore[arg-type]
+        return encode(self, tokens, cache, **rest)  # type: ignore[arg-type]
 
     with mock.patch.object(DiffusionGemma, "encode", count):
         made = lm.edit(text, [(18, 20), (33, 35)])

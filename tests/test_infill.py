@@ -1,6 +1,7 @@
 """Infill: pins hold, candidates share one prefix, and the ranking is that of independent scoring."""
 
 from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -31,9 +32,9 @@ def watched(lm: LanguageModel, prefix: str, suffix: str, **options: object) -> t
                 finished.append(event)
             yield event
 
-    def count(self: DiffusionGemma, tokens: Sequence[torch.Tensor], cache: Cache, logits: bool = False) -> object:
+    def count(self: DiffusionGemma, tokens: Sequence[torch.Tensor], cache: Cache, **rest: Any) -> object:
         encoded.append(sum(len(row) for row in tokens))
-        return encode(self, tokens, cache, logits)
+        return encode(self, tokens, cache, **rest)
 
     with mock.patch.object(blocks, "generate", keep), mock.patch.object(DiffusionGemma, "encode", count):
         found = lm.infill(prefix, suffix, **options)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from dgemma.bench import experts as mixing
 from dgemma.bench import full as filling
 from dgemma.bench import serve as serving
 from dgemma.bench import train as training
+from dgemma.bench import vision as seeing
 from dgemma.bench.harness import Spread
 from dgemma.bench.shapes import SHAPES
 from dgemma.flags import Format
@@ -33,7 +34,14 @@ Tuned = Annotated[bool, typer.Option("--tuned", help="also transformers with a t
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 Result = TypeVar(
-    "Result", decoding.Result, training.Result, serving.Result, constraining.Result, filling.Result, mixing.Result
+    "Result",
+    decoding.Result,
+    training.Result,
+    serving.Result,
+    constraining.Result,
+    filling.Result,
+    mixing.Result,
+    seeing.Result,
 )
 
 
@@ -99,6 +107,20 @@ def serve(
         shape, model, dtype, requests, levels, repeats, threads, device, progress=_tell
     )
     _report(run, show_serving, as_json)
+
+
+@app.command()
+def vision(
+    layers: Annotated[int, typer.Option(help="of the tower; the release has 27")] = 2,
+    budget: Annotated[int, typer.Option(help="soft tokens an image may take")] = 280,
+    dtype: Dtype = "f32",
+    repeats: Repeats = 5,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Photos to soft tokens with this project and with transformers: same random weights of the released widths."""
+    run = lambda: seeing.run(layers, budget, dtype, repeats, threads, progress=_tell)  # noqa: E731
+    _report(run, show_vision, as_json)
 
 
 @app.command()
@@ -173,6 +195,25 @@ def show_experts(result: mixing.Result) -> None:
         ratio = f"{_spread(result.ratios[name])} times as fast as bf16" if name in result.ratios else ""
         print(f"{name:<8}{_spread(seconds, 1e3):<28} ms   {ratio}".rstrip())
     print(_measured_on(result.machine, result.versions))
+
+
+def show_vision(result: seeing.Result) -> None:
+    """The same for images."""
+    from rich.console import Console
+
+    told = f"{result.layers} layers, {result.budget} tokens, {result.dtype}, {result.threads} threads"
+    table = _table(f"vision: {told}, {result.repeats} repeats", result.sides)
+    if result.ratios:
+        table.add_column("times dgemma's", justify="right")
+    lines = {"JPEG to patches": "prepare", "patches to soft tokens": "tower", "the same, shown twice": "twice"}
+    for line, what in lines.items():
+        ratio = [_spread(result.ratios[what])] if result.ratios else []
+        table.add_row(f"{line}, ms an image", *(_spread(getattr(s, what), 1e3) for s in result.sides.values()), *ratio)
+    console = Console()
+    console.print(table)
+    if result.distance is not None:
+        console.print(f"largest difference of soft tokens: {result.distance:.1e} of their scale")
+    console.print(_measured_on(result.machine, result.versions))
 
 
 def show_full(result: filling.Result) -> None:

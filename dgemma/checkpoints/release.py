@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from dgemma.config import FULL, SLIDING, ModelConfig
+from dgemma.config import FULL, SLIDING, ModelConfig, VisionConfig
 
 TEXT = ModelConfig(
     vocab_size=262_144,
@@ -20,6 +20,26 @@ TEXT = ModelConfig(
     sliding_window=1024,
 )
 """The text network: the released config.json without its vision tower and its tokens of images and ends."""
+
+VISION = VisionConfig.from_dict(
+    {
+        "model_type": "gemma4_vision",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 72,
+        "global_head_dim": 72,
+        "patch_size": 16,
+        "pooling_kernel_size": 3,
+        "position_embedding_size": 10_240,
+        "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
+        "standardize": True,
+        "use_clipped_linears": False,
+    }
+)
+"""The image tower."""
 
 TOKENIZER = "cc8d3a0ce36466ccc1278bf987df5f71db1719b9ca6b4118264f45cb627bfe0f"
 TEMPLATES = {

@@ -33,7 +33,7 @@ def generate(
         raise ValueError("pins, drafts and constraints are for diffusion; the autoregressive mode takes none")
     check_room(model, request, cached)
     token = request.prompt[-1:]
-    model.encode([request.prompt[:-1]], cache)
+    model.encode([request.prompt[:-1]], cache, pictures=[request.pictures])
     request.prompt_tokens = cached + len(request.prompt)
     request.prefill_seconds = perf_counter() - started
     yield Prefilled(0, len(request.prompt), cached, request.prefill_seconds)

@@ -15,16 +15,21 @@ from dgemma.decoding.noise import Noise
 from dgemma.decoding.pins import UNKNOWN, Known
 from dgemma.model.cache import Cache
 from dgemma.model.network import DiffusionGemma
+from dgemma.picture import Placed
 
 
 @dataclass
 class Request:
-    """One row: what to continue, how, and what has come of it so far."""
+    """One row: what to continue, how, and what has come of it so far.
+
+    pictures: those that stand for tokens of the prompt, in order.
+    """
 
     prompt: Tensor
     options: GenerationConfig
     noise: Noise
     known: Known = UNKNOWN
+    pictures: tuple[Placed, ...] = ()
     tokens: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     converged: list[bool] = field(default_factory=list)
@@ -95,7 +100,7 @@ def prefixes(model: DiffusionGemma, requests: Sequence[Request], cache: Cache | 
         if not cache.lengths[row] + len(request.prompt):
             raise ValueError(f"the prompt of row {row} is empty; give at least one token")
         check_room(model, request, cache.lengths[row])
-    model.encode([r.prompt for r in requests], cache)
+    model.encode([r.prompt for r in requests], cache, pictures=[r.pictures for r in requests])
     for row, request in enumerate(requests):
         request.prompt_tokens = cache.lengths[row]
         request.prefill_seconds = (perf_counter() - started) / len(requests)

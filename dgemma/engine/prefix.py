@@ -1,7 +1,8 @@
 """Full pages of keys and values by content: a prompt that begins as an earlier one did does not encode that part again.
 
-A page's key is a hash of its tokens and of the key before it, so equal keys mean equal prefixes. Pages are shared by
-reference and never written; the cache forgets the ones that were least recently used.
+A page's key is a hash of its tokens, of the pictures that some of them stand for, and of the key before it, so equal
+keys mean equal prefixes. Pages are shared by reference and never written; the cache forgets the ones that were least
+recently used.
 """
 
 from collections import OrderedDict
@@ -14,13 +15,17 @@ from torch import Tensor
 
 from dgemma.config import SLIDING, ModelConfig
 from dgemma.model.cache import Row
+from dgemma.picture import Placed, within
 
 
 class Pages:
-    """The keys of a growing sequence's full pages. `salt` parts those that must not share, such as tenants."""
+    """The keys of a growing sequence's full pages. `salt` parts those that must not share, such as tenants.
 
-    def __init__(self, size: int, salt: str = ""):
-        self.size, self.keys = size, list[bytes]()
+    pictures: those in the sequence, in order.
+    """
+
+    def __init__(self, size: int, salt: str = "", pictures: Sequence[Placed] = ()):
+        self.size, self.keys, self.pictures = size, list[bytes](), pictures
         self._salt, self._rest = salt.encode(), np.empty(0, np.int32)
 
     @property
@@ -32,7 +37,13 @@ class Pages:
         full = len(ids) // self.size * self.size
         for page in ids[:full].reshape(-1, self.size):
             before = self.keys[-1] if self.keys else self._salt
-            self.keys.append(blake2b(before + page.tobytes(), digest_size=16).digest())
+            begin = len(self.keys) * self.size
+            # Where a picture lies in the page counts too: its tokens all look alike.
+            shown = b"".join(
+                each.picture.digest + each.begin.to_bytes(4, "little", signed=True)
+                for each in within(self.pictures, begin, begin + self.size)
+            )
+            self.keys.append(blake2b(before + page.tobytes() + shown, digest_size=16).digest())
         self._rest = ids[full:]
 
 
@@ -62,6 +73,8 @@ class PrefixCache:
             if page is None:
                 break
             known.append(page)
+        while not self._may_go_on(pages, len(known) * self.page):
+            known.pop()
         self._touch(keys[: len(known)])
         row = Row(len(known) * self.page)
         reached = self.config.first_reached(SLIDING, row.length) // self.page
@@ -69,6 +82,11 @@ class PrefixCache:
             from_here = reached if kind == SLIDING else 0
             tensors += [page.tensors.get(kind) if i >= from_here else None for i, page in enumerate(known)]
         return row
+
+    def _may_go_on(self, pages: Pages, at: int) -> bool:
+        """Not within a picture of which a sliding layer would have let go."""
+        window = self.config.prefix_window
+        return not any(each.begin < at < each.end and at - each.begin > window for each in pages.pictures)
 
     def add(self, pages: Pages, row: Row) -> None:
         """Takes the full pages of a row whose tokens these are; what a sliding layer has let go of is not complete."""

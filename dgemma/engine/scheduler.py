@@ -23,6 +23,7 @@ from dgemma.decoding.events import Event, Prefilled
 from dgemma.engine.prefix import Pages, PrefixCache
 from dgemma.model.cache import Cache, Row
 from dgemma.model.network import DiffusionGemma
+from dgemma.picture import Placed, uncut, within
 
 T = TypeVar("T")
 
@@ -107,7 +108,7 @@ class Scheduler:
                 f"prompt and answer need {nbytes >> 20} MiB of cache; the engine has "
                 f"{self.limits.cache_bytes >> 20}: shorten the prompt or lower max_new_tokens"
             )
-        pages = Pages(self.model.config.canvas_length, salt)
+        pages = Pages(self.model.config.canvas_length, salt, request.pictures)
         pages.extend(request.prompt)
         with self._lock:
             if self.queued >= self.limits.waiting:
@@ -165,22 +166,25 @@ class Scheduler:
     def _encode(self) -> None:
         """Settled canvases, and as much of the prompts as a step may take, in one causal pass."""
         filling = self._filling()
-        parts = [(job, job.pending) for job in self.running if job.pending is not None]
+        parts: list[tuple[Job, Tensor, Sequence[Placed]]]
+        parts = [(job, job.pending, ()) for job in self.running if job.pending is not None]
         # All get a share, so that a short prompt need not wait for a long one.
         share = self.limits.prefill_tokens // max(1, len(filling))
         for job in filling:
-            begin, count = job.row.length, min(job.prompt_left, self._chunk(job, share))
-            parts.append((job, job.request.prompt[begin : begin + count]))
+            begin, pictures = job.row.length, job.request.pictures
+            end = uncut(begin, begin + min(job.prompt_left, self._chunk(job, share)), pictures)
+            parts.append((job, job.request.prompt[begin:end], within(pictures, begin, end)))
         if not parts:
             return
         started = perf_counter()
 
-        def encode(some: Sequence[tuple[Job, Tensor]]) -> None:
-            self.model.encode([tokens for _, tokens in some], self._cache([job for job, _ in some]))
+        def encode(some: Sequence[tuple[Job, Tensor, Sequence[Placed]]]) -> None:
+            jobs, tokens, pictures = zip(*some, strict=True)
+            self.model.encode(tokens, self._cache(jobs), pictures=pictures)
 
-        self._isolated(encode, parts, [job for job, _ in parts])
+        self._isolated(encode, parts, [job for job, *_ in parts])
         seconds = (perf_counter() - started) / len(parts)
-        for job, _ in parts:
+        for job, *_ in parts:
             if job.error is None:
                 self._encoded(job, seconds)
 

@@ -7,6 +7,7 @@ another answer could do, so only the reference is valid.
 from pathlib import Path
 
 from dgemma.evals.tasks import Answer, Item, Score
+from dgemma.media.prompt import rooted
 from dgemma.text.messages import prepare_messages
 from dgemma.train.data import Conversation, Pair, read_line
 
@@ -20,7 +21,7 @@ def read_items(path: str | Path) -> list[Item]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    items.append(_item(read_line(line)))
+                    items.append(_item(read_line(line), Path(path).parent))
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}, line {number}: {error}") from None
     if not items:
@@ -34,7 +35,7 @@ def check(item: Item, answer: Answer) -> Score:
     return Score(same, same)
 
 
-def _item(read: Conversation | Pair) -> Item:
+def _item(read: Conversation | Pair, folder: Path) -> Item:
     if isinstance(read, Pair):
         messages = ({"role": "user", "content": read.prompt}, {"role": "assistant", "content": read.response})
         return Item(messages, *LEVELS)
@@ -43,4 +44,4 @@ def _item(read: Conversation | Pair) -> Item:
         raise ValueError("a question and, as the last message, the assistant's answer are expected")
     if not isinstance(last.get("content"), str) or last.get("tool_calls"):
         raise ValueError("the last message must be text without tool calls: nothing else can be compared word for word")
-    return Item(read.messages, *LEVELS, read.tools, read.think)
+    return Item(tuple(rooted(read.messages, folder)), *LEVELS, read.tools, read.think)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dgemma.decoding.noise import Noise
-from dgemma.evals.measure import Checker, Result, Share, measure, prompt_tokens
+from dgemma.evals.measure import Checker, Result, Share, measure, read_question
 from dgemma.evals.tasks import Item
 from dgemma.language_model import LanguageModel
+from dgemma.picture import Prompted
 from dgemma.quant.modules import matrices
 
 NOISY = 0.5
@@ -69,19 +70,19 @@ def measure_formats(
         yield _cost(format, lm, answers(lm), expected, fmean(found))
 
 
-def _canvas(lm: LanguageModel, result: Result, seed: int) -> tuple[Tensor, Tensor]:
+def _canvas(lm: LanguageModel, result: Result, seed: int) -> tuple[Prompted, Tensor]:
     """The prompt, and the first canvas of an answer as the model gave it, half of it noise."""
     config = lm.model.config
     tokens = (result.answer.tokens + [lm.defaults.eos_token_id[0]] * config.canvas_length)[: config.canvas_length]
     noise = Noise(seed, config.vocab_size, config.canvas_length)
     clean = noise.uniform(0, 1) >= NOISY
-    return torch.tensor(prompt_tokens(lm, result.item)), torch.where(clean, torch.tensor(tokens), noise.canvas(0))
+    return read_question(lm, result.item), torch.where(clean, torch.tensor(tokens), noise.canvas(0))
 
 
 @torch.inference_mode()
-def _logits(lm: LanguageModel, prompt: Tensor, canvas: Tensor) -> Tensor:
+def _logits(lm: LanguageModel, prompt: Prompted, canvas: Tensor) -> Tensor:
     cache = lm.model.new_cache()
-    lm.model.encode([prompt], cache)
+    lm.model.encode([torch.tensor(prompt.tokens)], cache, pictures=[prompt.pictures])
     return lm.model.denoise(canvas[None].to(lm.model.device), cache)[0]
 
 

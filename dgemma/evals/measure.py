@@ -13,6 +13,7 @@ from dgemma.decoding.events import Finished
 from dgemma.decoding.pins import UNKNOWN, Known
 from dgemma.evals.tasks import Answer, Item, Score, constraint
 from dgemma.language_model import Generation, LanguageModel
+from dgemma.picture import Prompted
 
 ALL = "all"
 """The level of a summary's last row."""
@@ -107,8 +108,8 @@ def measure(
         for row, item in enumerate(items[start : start + batch]):
             asked = constraint(task, item) if constrain else None
             known = Known(constraint=lm.automaton(asked, config, item.think)) if asked is not None else UNKNOWN
-            prompt, noise = torch.tensor(prompt_tokens(lm, item)), lm.noise(seed + start + row)
-            requests.append(blocks.Request(prompt, config, noise, known))
+            read, noise = read_question(lm, item), lm.noise(seed + start + row)
+            requests.append(blocks.Request(torch.tensor(read.tokens), config, noise, known, read.pictures))
         for event in blocks.generate(lm.model, requests):
             if isinstance(event, Finished):
                 i = start + event.row
@@ -119,13 +120,13 @@ def measure(
     return [results[i] for i in range(len(items))]
 
 
-def prompt_tokens(lm: LanguageModel, item: Item) -> list[int]:
+def read_question(lm: LanguageModel, item: Item) -> Prompted:
     """An item's question as the model reads it."""
     question: Any = [dict(message) for message in item.question]
     tools = [dict(tool) for tool in item.tools] or None
     if lm.template is None and len(question) == 1 and not tools and not item.think:
         question = question[0]["content"]  # a plain continuation is all that such a checkpoint knows
-    return lm.tokens(question, think=item.think, tools=tools)
+    return lm.read(question, think=item.think, tools=tools)
 
 
 def summary(results: Sequence[Result]) -> list[Row]:

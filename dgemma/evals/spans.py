@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dgemma.evals.measure import ALL, Share, prompt_tokens
+from dgemma.evals.measure import ALL, Share, read_question
 from dgemma.evals.tasks import Item
 from dgemma.infill import gap_lengths
 from dgemma.language_model import LanguageModel
@@ -45,7 +45,7 @@ def measure_spans(
             continue
         prefix, span, suffix = cut(lm.tokenizer.encode(item.answer["content"]), random.Random(seed + i))
         before, wanted, after = (lm.tokenizer.decode(part) for part in (prefix, span, suffix))
-        prompt = prompt_tokens(lm, item)
+        prompt = lm.tokens(read_question(lm, item))
         given = {"prompt": prompt, "seed": seed + i, **options}
         told = lm.infill(before, after, lengths=[len(span)], **given).text == wanted
         fitting = {n for n in gap_lengths(LONGEST, None, len(suffix), canvas) if n + len(suffix) <= canvas}

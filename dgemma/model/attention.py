@@ -3,14 +3,14 @@
 Shapes: N = tokens of all rows, flat; B rows of T tokens; H query heads, K key/value heads; S keys; D head size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dgemma.config import SLIDING, ModelConfig
+from dgemma.config import BOTH_WAYS, SLIDING, ModelConfig
 from dgemma.model import layers
 from dgemma.model.layers import Linear, RMSNorm
 
@@ -20,13 +20,17 @@ SCORES_LIMIT = 1 << 26
 
 @dataclass(frozen=True)
 class Span:
-    """Rows that look alike, side by side on the flat token axis: `length` new tokens each, after `past` cached ones."""
+    """Rows that look alike, side by side on the flat token axis: `length` new tokens each, after `past` cached ones.
+
+    blocks: begins and ends, as positions in the row, of causal tokens that see each other in both directions.
+    """
 
     row: int
     rows: int
     length: int
     past: int
     causal: bool
+    blocks: tuple[tuple[int, int], ...] = ()
 
 
 class KeyValues(Protocol):
@@ -52,6 +56,8 @@ class Attention(nn.Module):
         self.size = config.head_size(layer)
         sliding = config.layer_types[layer] == SLIDING
         self.window = config.sliding_window if sliding else None
+        self.both_ways = config.layer_types[layer] in BOTH_WAYS[config.use_bidirectional_attention]
+        self.windowed = config.use_bidirectional_attention == "vision_sliding"
         hidden = config.hidden_size
         self.q_proj = Linear(hidden, self.heads * self.size)
         self.k_proj = Linear(hidden, self.kv_heads * self.size)
@@ -87,7 +93,9 @@ class Attention(nn.Module):
         past = cache.read(self.layer, span)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        y = attend(q, k, v, causal=span.causal, window=self.window)
+        first = span.past + span.length - k.shape[2]
+        blocks = [(begin - first, end - first) for begin, end in span.blocks] if self.both_ways else []
+        y = attend(q, k, v, span.causal, self.window, blocks, self.windowed)
         return y.transpose(1, 2).reshape(-1, self.heads * self.size)
 
 
@@ -99,11 +107,21 @@ def _by_span(spans: list[Span], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
         yield span, *(piece.unflatten(0, (span.rows, span.length)).transpose(1, 2) for piece in pieces)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window: int | None = None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    window: int | None = None,
+    blocks: Sequence[tuple[int, int]] = (),
+    windowed: bool = False,
+) -> Tensor:
     """Softmax attention of q [B, H, T, D] over k, v [B, K, S, D], scale 1; the last T keys are the queries' own.
 
     Not causal: every query sees every key. That is the canvas, and the rectangle of the sliding layers comes from which
-    keys are given. Causal: a query sees itself and what is before it, no further back than `window` tokens.
+    keys are given. Causal: a query sees itself and what is before it, no further back than `window` tokens; of a block,
+    given by its first key and the one behind its last, also all the others, however far apart, or, if `windowed`,
+    those that the window reaches.
     """
     batch, heads, length, size = q.shape
     kv_heads, seen = k.shape[1:3]
@@ -116,9 +134,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window: int | 
         # Query heads that share a key head lie in one matrix: the keys are never repeated.
         scores = part.reshape(batch, kv_heads, -1, size) @ keys
         if causal:
-            at = torch.arange(seen - length + start, seen - length + start + rows, device=q.device)[:, None]
+            first = seen - length + start
+            at = torch.arange(first, first + rows, device=q.device)[:, None]
             key = torch.arange(seen, device=q.device)
             hidden = key > at if window is None else (key > at) | (key <= at - window)
+            for begin, end in blocks:
+                own, others = slice(max(0, begin - first), max(0, end - first)), slice(max(0, begin), end)
+                hidden[own, others] = (key[others] <= at[own] - window) if windowed and window else False
             grouped = scores.view(batch, kv_heads, -1, rows, seen)
             scores = grouped.masked_fill(hidden, float("-inf")).view(scores.shape)
         outputs.append((scores.softmax(-1) @ v).reshape(batch, heads, rows, size))

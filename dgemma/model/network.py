@@ -7,6 +7,7 @@ Shapes: B = rows, T = tokens, C = canvas, N = all tokens flat, V = vocabulary.
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import cast
 
 import torch
@@ -20,6 +21,7 @@ from dgemma.model.head import SelfConditioning, TiedEmbedding
 from dgemma.model.kv_formats import PLAIN, PageFormat
 from dgemma.model.layers import MLP, RMSNorm, inverse_frequencies
 from dgemma.model.vision import VisionTower
+from dgemma.picture import Picture, Placed, pieces, within
 
 CHUNK = 1024
 """Tokens that encode takes through the stack at once, a row: longer prompts go in pieces, to the same cache."""
@@ -88,30 +90,43 @@ class DiffusionGemma(nn.Module):
         itemsize = self.page_format.dtype(self.dtype).itemsize
         return self.config.cache_bytes(tokens, itemsize, self.page_format.scale_bytes)
 
-    def encode(self, tokens: Tensor | Sequence[Tensor], cache: Cache, logits: bool = False) -> list[Tensor] | None:
+    def encode(
+        self,
+        tokens: Tensor | Sequence[Tensor],
+        cache: Cache,
+        logits: bool = False,
+        pictures: Sequence[Sequence[Placed]] | None = None,
+    ) -> list[Tensor] | None:
         """Appends tokens to each row of the cache, causally.
 
         tokens: int64 [B, T], or B tensors [T_b] of any lengths (0 leaves a row as it is).
+        pictures: for each row those that stand for some of its tokens, in order. One may have begun in the cache, no
+        further back than a sliding layer's window reaches; none may end behind the tokens.
         With `logits`, returns float32 [T_b, V] a row: the autoregressive next-token logits. Otherwise all that lies
         behind the last layer's keys and values is skipped and None is returned.
         """
         if len(tokens) != len(cache.rows):
             raise ValueError(f"encode got {len(tokens)} rows of tokens for a cache of {len(cache.rows)}")
         rows = [torch.as_tensor(row, dtype=torch.int64, device=self.device) for row in tokens]
+        shown = pictures or [[] for _ in rows]
+        for placed, row, past in zip(shown, rows, cache.lengths, strict=True):
+            self._check_places(placed, len(row), past)
         outputs: list[list[Tensor]] = [[] for _ in rows]
-        for start in range(0, max(len(row) for row in rows), CHUNK):
-            piece = [row[start : start + CHUNK] for row in rows]
+        cuts = [pieces(len(row), placed, CHUNK) for row, placed in zip(rows, shown, strict=True)]
+        for parts in zip_longest(*cuts, fillvalue=(0, 0)):
+            piece = [row[begin:end] for row, (begin, end) in zip(rows, parts, strict=True)]
+            seen = [within(placed, *part) for placed, part in zip(shown, parts, strict=True)]
             lengths = [len(row) for row in piece]
-            for row, length in enumerate(lengths):
-                cache.reserve(row, length)
-            spans = make_spans(lengths, cache.lengths, causal=True)
-            hidden = self.stack(self.embed_tokens(torch.cat(piece)), spans, cache, keys_only=not logits)
-            for row, length in enumerate(lengths):
-                cache.advance(row, length)
+            for i, length in enumerate(lengths):
+                cache.reserve(i, length)
+            spans = make_spans(lengths, cache.lengths, causal=True, pictures=seen)
+            hidden = self.stack(self.embed(piece, seen), spans, cache, keys_only=not logits)
+            for i, length in enumerate(lengths):
+                cache.advance(i, length)
             if hidden is not None:
-                for row, part in enumerate(self.embed_tokens.logits(self.norm(hidden)).split(lengths)):
-                    outputs[row].append(part)
-        return [torch.cat(parts) if parts else self._no_logits() for parts in outputs] if logits else None
+                for own, logit in zip(outputs, self.embed_tokens.logits(self.norm(hidden)).split(lengths), strict=True):
+                    own.append(logit)
+        return [torch.cat(own) if own else self._no_logits() for own in outputs] if logits else None
 
     def denoise(self, canvas: Tensor, cache: Cache, previous_logits: Tensor | None = None) -> Tensor:
         """Logits float32 [B, C, V] of a canvas int64 [B, C] that continues each row of the cache; that stays as it is.
@@ -135,6 +150,39 @@ class DiffusionGemma(nn.Module):
         hidden = self.stack(x, spans, cache)
         assert hidden is not None
         return self.norm(hidden).view(*canvas.shape, -1)
+
+    def embed(self, tokens: Sequence[Tensor], pictures: Sequence[Sequence[Placed]]) -> Tensor:
+        """Embeddings [N, hidden] of B rows of tokens, with the soft tokens of their pictures in their places."""
+        x = self.embed_tokens(torch.cat(list(tokens)))
+        placed = [(row, each) for row, some in enumerate(pictures) for each in some]
+        if not placed:
+            return x
+        first = [sum(len(row) for row in tokens[:i]) for i in range(len(tokens))]
+        at = [torch.arange(first[row] + max(0, each.begin), first[row] + each.end) for row, each in placed]
+        soft = [soft[-len(own) :] for soft, own in zip(self.see([p.picture for _, p in placed]), at, strict=True)]
+        return x.index_copy(0, torch.cat(at).to(x.device), torch.cat(soft))
+
+    def see(self, pictures: Sequence[Picture]) -> list[Tensor]:
+        """The soft tokens [T, hidden] of each picture; equal ones are encoded once. ValueError without a tower."""
+        if self.vision is None:
+            raise ValueError("this model has no vision tower: it takes no images")
+        return self.vision(pictures)
+
+    def _check_places(self, pictures: Sequence[Placed], length: int, past: int) -> None:
+        """ValueError for pictures that are not in order, not within the tokens, or not as long as their soft tokens."""
+        if pictures and self.config.vision is None:
+            raise ValueError("this model has no vision tower: it takes no images")
+        earliest = -min(past, self.config.prefix_window)
+        for picture in pictures:
+            if picture.begin < earliest or picture.end > length or picture.end <= 0:
+                told = f"{picture.begin} … {picture.end}"
+                raise ValueError(f"a picture at tokens {told} does not lie within {earliest} … {length}")
+            earliest = picture.end
+            assert self.config.vision
+            shown = picture.picture
+            soft = shown.rows * shown.columns // self.config.vision.pooling_kernel_size**2
+            if picture.end - picture.begin != soft:
+                raise ValueError(f"a picture of {soft} soft tokens stands for {picture.end - picture.begin} tokens")
 
     def canvas_input(self, canvas: Tensor, soft: Tensor | None) -> Tensor:
         """Embedded canvas [B, C, hidden] with self-conditioning added and normalised."""
@@ -182,13 +230,22 @@ class DiffusionGemma(nn.Module):
         return self
 
 
-def make_spans(lengths: Sequence[int], past: Sequence[int], causal: bool) -> list[Span]:
-    """Spans of rows with these new and cached lengths; neighbours that look alike share one, empty rows have none."""
+def make_spans(
+    lengths: Sequence[int],
+    past: Sequence[int],
+    causal: bool,
+    pictures: Sequence[Sequence[Placed]] | None = None,
+) -> list[Span]:
+    """Spans of rows with these new and cached lengths; neighbours that look alike share one, empty rows have none.
+
+    pictures: for each row those among its new tokens.
+    """
     spans: list[Span] = []
     for row, (length, before) in enumerate(zip(lengths, past, strict=True)):
+        blocks = tuple((before + each.begin, before + each.end) for each in pictures[row]) if pictures else ()
         last = spans[-1] if spans else None
-        if last and (last.row + last.rows, last.length, last.past) == (row, length, before):
-            spans[-1] = Span(last.row, last.rows + 1, length, before, causal)
+        if last and (last.row + last.rows, last.length, last.past, last.blocks) == (row, length, before, blocks):
+            spans[-1] = Span(last.row, last.rows + 1, length, before, causal, blocks)
         elif length:
-            spans.append(Span(row, 1, length, before, causal))
+            spans.append(Span(row, 1, length, before, causal, blocks))
     return spans

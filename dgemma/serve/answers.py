@@ -16,6 +16,7 @@ from dgemma.decoding import autoregressive
 from dgemma.decoding.blocks import Request
 from dgemma.decoding.events import Block, Event, Finished, Prefilled
 from dgemma.engine.engine import Ended, Engine, Take
+from dgemma.picture import Prompted
 from dgemma.serve.errors import ApiError, ClientGone, closing, invalid, of_engine
 from dgemma.serve.feed import Feed
 from dgemma.serve.known import known_of
@@ -227,7 +228,7 @@ def settled(service: Service, body: Generate) -> tuple[int, GenerationConfig]:
 
 
 async def make_choices(
-    service: Service, body: Generate, prompts: Sequence[Sequence[int]], chat: bool, calls: bool, named: bool = False
+    service: Service, body: Generate, prompts: Sequence[Prompted], chat: bool, calls: bool, named: bool = False
 ) -> list[Choice]:
     """Of each prompt as many choices as the body wants made, in order."""
     lm = service.lm
@@ -235,9 +236,9 @@ async def make_choices(
     known = await known_of(service, body, options)
     choices: list[Choice] = []
     for prompt in prompts:
-        tokens = torch.tensor(prompt, dtype=torch.int64)
+        tokens = torch.tensor(prompt.tokens, dtype=torch.int64)
         for number in range(body.candidates):
-            request = Request(tokens, options, lm.noise((seed + number) % (1 << 64)), known)
+            request = Request(tokens, options, lm.noise((seed + number) % (1 << 64)), known, prompt.pictures)
             text = ChoiceText(lm.tokenizer, body.stops, options.eos_token_id, chat, calls)
             choices.append(Choice(len(choices), request, text, named))
     return choices

@@ -76,7 +76,7 @@ def make_app(
         service.check(body.model)
         if body.messages is not None:
             think = bool(body.chat_template_kwargs and body.chat_template_kwargs.enable_thinking)
-            tokens = await prompt_of(service, body.messages, body.tools, think)
+            tokens = (await prompt_of(service, body.messages, body.tools, think)).tokens
         else:
             encode = partial(plain_tokens, service.lm, body.prompt or "", body.add_special_tokens)
             try:

@@ -10,8 +10,11 @@ from anyio import to_thread
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
+from dgemma.config import MediaConfig
 from dgemma.decoding.events import Finished
 from dgemma.language_model import LanguageModel, Message
+from dgemma.media.prompt import shows
+from dgemma.picture import Prompted
 from dgemma.serve.answers import Answers, Choice, make_choices, on_engine
 from dgemma.serve.drafts import Drafts
 from dgemma.serve.errors import ApiError, invalid
@@ -19,13 +22,13 @@ from dgemma.serve.logprobs import score
 from dgemma.serve.schema import ChatRequest
 from dgemma.serve.service import Service
 from dgemma.serve.sse import event_stream
-from dgemma.text.messages import MEDIA, prepare_messages, prepare_tools
+from dgemma.text.messages import prepare_messages, prepare_tools
 from dgemma.text.output import ContentDelta, Increment, ReasoningDelta, ToolCall
 
 
 async def chat(service: Service, body: ChatRequest, http: HttpRequest) -> Response:
     service.check(body.model)
-    prompt = await prompt_of(service, body.messages, body.offered, body.think)
+    prompt = await prompt_of(service, body.messages, body.offered, body.think, body.media_options)
     choices = await make_choices(
         service, body, [prompt], chat=True, calls=bool(body.offered), named=body.named is not None
     )
@@ -48,27 +51,46 @@ async def chat(service: Service, body: ChatRequest, http: HttpRequest) -> Respon
 
 
 async def prompt_of(
-    service: Service, messages: list[Message], tools: list[dict[str, Any]] | None, think: bool
-) -> list[int]:
-    """The tokens of a conversation, made on another thread: a long one takes its time."""
+    service: Service,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    think: bool,
+    media: dict[str, int] | None = None,
+) -> Prompted:
+    """A conversation as the model reads it, made on another thread: a long one takes its time, and so do images, of
+    which few requests are opened at once.
+    """
     if think and not service.thinks:
         field = "chat_template_kwargs.enable_thinking"
         raise ApiError(400, f"{field}: this model's chat template has no thinking", field, "unsupported")
     if tools and not service.takes_tools:
         raise ApiError(400, "tools: this model's chat template takes none", "tools", "unsupported")
     try:
-        return await to_thread.run_sync(partial(_tokens, service.lm, messages, tools, think))
+        MediaConfig.of(service.lm.model.config, **(media or {}))
+    except ValueError as error:
+        raise ApiError(400, f"media.{error}", f"media.{str(error).split()[0]}", "invalid_value") from None
+    read = partial(_read, service, messages, tools, think, media)
+    try:
+        if not shows(messages):
+            return await to_thread.run_sync(read)
+        async with service.opening:
+            return await to_thread.run_sync(read)
     except (ValueError, RecursionError) as error:
         raise invalid(error, "messages") from None
 
 
-def _tokens(lm: LanguageModel, messages: list[Message], tools: list[dict[str, Any]] | None, think: bool) -> list[int]:
-    for i, message in enumerate(prepare_messages(messages)):
-        for j, part in enumerate(message["content"] if isinstance(message["content"], list) else ()):
-            if part["type"] in MEDIA:
-                raise ValueError(f"messages[{i}].content[{j}]: {part['type']} parts are not supported yet")
+def _read(
+    service: Service,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    think: bool,
+    media: dict[str, int] | None,
+) -> Prompted:
+    lm: LanguageModel = service.lm
+    prepare_messages(messages)
     prepare_tools(tools or [])
-    return lm.tokens([_plain(message) for message in messages] if lm.task else messages, think=think, tools=tools)
+    asked = [_plain(message) for message in messages] if lm.task and not shows(messages) else messages
+    return lm.read(asked, think=think, tools=tools, media=media, sources=service.sources)
 
 
 def _plain(message: Message) -> Message:
@@ -138,7 +160,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
 async def _logprobs(service: Service, body: ChatRequest, choice: Choice) -> dict[str, Any] | None:
     if not body.logprobs:
         return None
-    pieces = score(service.lm, choice.request.prompt, choice.text.tokens, body.top_logprobs or 0)
+    pieces = score(service.lm, choice.request, choice.text.tokens, body.top_logprobs or 0)
     async with service.aside:
         entries = [entry async for piece in on_engine(service.engine, pieces) for entry in piece]
     return {"content": entries, "refusal": None}

@@ -24,6 +24,10 @@ def serve(
     cache_gb: Annotated[float, typer.Option(min=0.001, help="GiB of keys and values of requests in work")] = 4.0,
     prefix_gb: Annotated[float, typer.Option(min=0.0, help="GiB of them kept for later requests")] = 1.0,
     max_body_mb: Annotated[float, typer.Option(min=0.001, help="MiB of a request's body")] = 8.0,
+    media_host: Annotated[
+        list[str] | None,
+        typer.Option(help="HOST or HOST:PORT that images and video may be fetched from; may be given again"),
+    ] = None,
     time_limit: Annotated[float, typer.Option(min=0.1, help="seconds that a request may take")] = 600.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -49,7 +53,7 @@ def serve(
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("dgemma.serve").setLevel(logging.INFO)
     limits = Limits(rows=rows, waiting=queue, cache_bytes=int(cache_gb * GIB), prefix_bytes=int(prefix_gb * GIB))
-    service = Service(name or model, limits, time_limit, trace)
+    service = Service(name or model, limits, time_limit, trace, media_host or ())
     server = Server(make_app(service, api_key, int(max_body_mb * (1 << 20)), hosts(host), quiet), service)
     failed: list[Exception] = []
 

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 
 from dgemma.infill import Candidate
 from dgemma.language_model import LanguageModel
+from dgemma.picture import Prompted
 from dgemma.serve.answers import Answers, Choice, make_choices
 from dgemma.serve.errors import invalid
 from dgemma.serve.gap import fill
@@ -30,7 +31,8 @@ async def complete(service: Service, body: CompletionRequest, http: HttpRequest)
         return await _between(service, body, http, head)
     tokens = await prompt_tokens(service, body.prompts)
     # A thought may come before what is bound: the parts must be told apart then.
-    choices = await make_choices(service, body, tokens, chat=bool(body.structures), calls=False)
+    prompts = [Prompted(each) for each in tokens]
+    choices = await make_choices(service, body, prompts, chat=bool(body.structures), calls=False)
     answers = Answers(service, http, body, choices, steps=False)
     if body.stream:
         return event_stream(_chunks(body, answers, head), http.state.request_id)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from dgemma.decoding.blocks import Request
 from dgemma.language_model import LanguageModel
 from dgemma.scoring import left_to_right
 from dgemma.serve.answers import on_engine
@@ -16,12 +17,12 @@ CHUNK = 256
 
 
 @torch.inference_mode()
-def score(lm: LanguageModel, prompt: torch.Tensor, answer: Sequence[int], top: int) -> Iterator[list[dict[str, Any]]]:
+def score(lm: LanguageModel, request: Request, answer: Sequence[int], top: int) -> Iterator[list[dict[str, Any]]]:
     """OpenAI's entries for an answer's tokens, its special tokens included, in pieces: {token, logprob, bytes,
     top_logprobs}, in nats.
     """
-    cache = lm.model.new_cache()
-    lm.model.encode([prompt[:-1]], cache)
+    prompt, cache = request.prompt, lm.model.new_cache()
+    lm.model.encode([prompt[:-1]], cache, pictures=[request.pictures])
     read = [int(prompt[-1]), *answer[:-1]]
     for at in range(0, len(answer), CHUNK):
         logits = lm.model.encode([torch.tensor(read[at : at + CHUNK])], cache, logits=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
-from dgemma.config import GenerationConfig
+from dgemma.config import GenerationConfig, MediaConfig
 from dgemma.constraints.tools import tool_calls
 from dgemma.serve.body import Body, Objects, Text, text
 from dgemma.serve.structure import NamedTool, Pins, ResponseFormat, Structure, StructuredOutputs, Tokens, ToolChoice
@@ -179,6 +179,17 @@ class TemplateOptions(Body):
     enable_thinking: bool = False
 
 
+_MEDIA = {f.name: f.metadata["help"] for f in fields(MediaConfig)}
+
+
+class MediaOptions(Body):
+    """How the images and videos of the messages are taken in; the model's own way if absent."""
+
+    image_tokens: int | None = Field(None, ge=1, description=_MEDIA["image_tokens"])
+    frame_tokens: int | None = Field(None, ge=1, description=_MEDIA["frame_tokens"])
+    video_frames: int | None = Field(None, ge=0, description=_MEDIA["video_frames"])
+
+
 class ChatRequest(Generate):
     messages: Objects = Field(min_length=1)
     max_completion_tokens: int | None = _option("max_new_tokens", 1)
@@ -188,6 +199,7 @@ class ChatRequest(Generate):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     chat_template_kwargs: TemplateOptions | None = None
     response_format: ResponseFormat | None = None
+    media: MediaOptions | None = None
     draft: bool = Field(False, description="also send each step, in chunks with an empty choices and a key dgemma")
     parallel_tool_calls: bool | None = Field(
         None, description="of a tool_choice that forces calls: true allows several, else there is one"
@@ -244,6 +256,10 @@ class ChatRequest(Generate):
             make = partial(tool_calls, self.tools, self.named, many=bool(self.parallel_tool_calls))
             found.append(Structure("tool_choice", make))
         return found
+
+    @property
+    def media_options(self) -> dict[str, int]:
+        return self.media.model_dump(exclude_none=True) if self.media else {}
 
     @property
     def offered(self) -> list[dict[str, Any]] | None:

@@ -62,7 +62,10 @@ class ScoreRequest(Body):
 async def score(service: Service, body: ScoreRequest, http: HttpRequest) -> Response:
     service.check(body.model)
     if body.messages is not None:
-        prompts = [await prompt_of(service, body.messages, None, body.think)]
+        read = await prompt_of(service, body.messages, None, body.think)
+        if read.pictures:
+            raise ApiError(400, "messages: images and video are not taken here", "messages", "unsupported")
+        prompts = [read.tokens]
     else:
         prompts = await prompt_tokens(service, body.prompts)
     count = max(len(prompts), len(body.templates))
@@ -82,8 +85,8 @@ async def score(service: Service, body: ScoreRequest, http: HttpRequest) -> Resp
         raise ApiError(504, told, code="timeout") from None
     except RuntimeError as error:
         raise of_engine(error) from None
-    read = sum(map(len, prompts))
-    usage = {"prompt_tokens": read, "completion_tokens": 0, "total_tokens": read}
+    count = sum(map(len, prompts))
+    usage = {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count}
     head = {"object": "list", "model": service.name, "system_fingerprint": service.fingerprint}
     return JSONResponse({**head, "data": [_told(i, each) for i, each in enumerate(scores)], "usage": usage})
 

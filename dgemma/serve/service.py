@@ -1,6 +1,7 @@
 """The model behind the server, from loading to closing."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from dgemma import config
 from dgemma.engine.engine import Engine
 from dgemma.engine.scheduler import Limits
 from dgemma.language_model import LanguageModel
+from dgemma.media.sources import Sources
 from dgemma.quant.modules import matrices
 from dgemma.serve.accounting import InWork
 from dgemma.serve.errors import ApiError, closing
@@ -21,10 +23,18 @@ from dgemma.serve.recorder import Recorder
 class Service:
     """One model under one name. `status` is "loading" until `open`, and "closing" once no new request is taken.
 
-    trace: a file that is to record every request; one that cannot be opened is an OSError.
+    trace: a file that is to record every request; one that cannot be opened is an OSError. media_hosts: servers that
+    images and videos are fetched from; others must come with the request.
     """
 
-    def __init__(self, name: str, limits: Limits, time_limit: float, trace: Path | None = None):
+    def __init__(
+        self,
+        name: str,
+        limits: Limits,
+        time_limit: float,
+        trace: Path | None = None,
+        media_hosts: Sequence[str] = (),
+    ):
         self._trace = trace.open("wb") if trace else None
         self.recorder: Recorder | None = None
         self.name, self.limits, self.time_limit = name, limits, time_limit
@@ -35,6 +45,9 @@ class Service:
         """For what holds pages beside the engine's: the autoregressive mode, log-probabilities. One at a time."""
         self.compiling = asyncio.Semaphore(2)
         """Constraints that are compiled at once: whoever waits for text needs the processor too."""
+        self.opening = asyncio.Semaphore(2)
+        """Requests whose images and videos are decoded at once: each may take much memory while it is."""
+        self.sources = Sources(files=False, hosts=tuple(media_hosts))
         self.fingerprint = ""
         self._opened: tuple[LanguageModel, Engine] | None = None
 
@@ -92,6 +105,7 @@ class Service:
             "defaults": asdict(self.lm.defaults),
             "thinking": self.thinks,
             "tools": self.takes_tools,
+            "images": sizes.vision is not None,
             # A model made for one task takes one question at a time.
             "conversation": self.lm.task is None,
         }

@@ -2,9 +2,11 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
+from dgemma.terminal.attach import Content, Part, attached, content_of
 from dgemma.terminal.screen import note
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ HELP = """\
 /reset        forget the conversation
 /think        turn thinking on or off
 /system TEXT  set the system message; without a text, remove it
+/image FILE   show an image with the next message
+/video FILE   show a video's frames with it
 /exit         leave, as ctrl-D does
 ctrl-C        stop an answer; the conversation stays as it was before the question"""
 
@@ -22,12 +26,19 @@ ctrl-C        stop an answer; the conversation stays as it was before the questi
 class Conversation:
     """Reads standard input line by line, to its end or to /exit.
 
-    `answer` shows one answer: it takes the user's text and whether to think. At a terminal its errors are told and the
-    conversation goes on; in a pipe they end it.
+    `answer` shows one answer: it takes what the user says and whether to think. At a terminal its errors are told and
+    the conversation goes on; in a pipe they end it. shown: parts that go along with the first message.
     """
 
-    def __init__(self, chat: Union["Chat", "RemoteChat"], answer: Callable[[str, bool], None], think: bool = False):
+    def __init__(
+        self,
+        chat: Union["Chat", "RemoteChat"],
+        answer: Callable[[Content, bool], None],
+        think: bool = False,
+        shown: Sequence[Part] = (),
+    ):
         self.chat, self.answer, self.think = chat, answer, think
+        self.shown = list(shown)
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
 
     def run(self) -> None:
@@ -41,7 +52,8 @@ class Conversation:
                 if text.startswith("/") and text[1:].split(" ")[0].isalpha():
                     self._command(text)
                 elif text:
-                    self.answer(text, self.think)
+                    shown, self.shown = self.shown, []
+                    self.answer(content_of(shown, text), self.think)
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
@@ -79,6 +91,10 @@ class Conversation:
             case "/think":
                 self.think = not self.think
                 note(f"thinking is {'on' if self.think else 'off'}", faint=True)
+            case "/image" | "/video":
+                files = [Path(rest.strip().strip("'\""))]
+                self.shown += attached(files, []) if name == "/image" else attached([], files)
+                note(f"{len(self.shown)} with the next message", faint=True)
             case "/system":
                 self.set_system(rest.strip())
                 note("the system message is set" if rest.strip() else "there is no system message", faint=True)

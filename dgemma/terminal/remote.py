@@ -4,7 +4,7 @@ import json
 import os
 import ssl
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
@@ -16,6 +16,7 @@ import torch
 
 from dgemma.decoding.events import Block, Event, Finished, Prefilled, Step
 from dgemma.flags import UsageError
+from dgemma.terminal.attach import Content, Part, sendable
 from dgemma.terminal.chat import Conversation
 from dgemma.terminal.layout import clean
 from dgemma.terminal.replay import Spellings
@@ -162,14 +163,14 @@ class RemoteChat:
         """Forgets all turns but a system message."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
 
-    def send(self, text: str, think: bool = False) -> Iterator[Event]:
+    def send(self, content: Content, think: bool = False) -> Iterator[Event]:
         """The answer as events; the turn counts once it is complete.
 
         Text comes as blocks of one made-up token each, with the marks of thoughts around what the server calls so.
         """
         if not self.lm.card.get("conversation", True):  # made for one question at a time
             self.reset()
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, {"role": "user", "content": sendable(content)}]
         body = {"model": self.lm.name, "messages": messages, "stream_options": {"include_usage": True}, **self.options}
         if think:
             body["chat_template_kwargs"] = {"enable_thinking": True}
@@ -238,22 +239,29 @@ def converse(
     think: bool,
     visual: bool,
     options: dict[str, Any],
+    shown: Sequence[Part] = (),
+    media: dict[str, Any] | None = None,
 ) -> None:
-    """Talks until the input ends. key: DGEMMA_API_KEY if None; options: as `LanguageModel.stream` takes them."""
+    """Talks until the input ends. key: DGEMMA_API_KEY if None; options, media: as `LanguageModel.stream` takes them;
+    shown: files that go along with the first message.
+    """
     server = Server.at(url, key if key is not None else os.environ.get("DGEMMA_API_KEY") or None)
     lm = RemoteModel.find(server, model)
     if visual and not lm.card:
         raise UsageError("--visual has no effect: this server shows no denoising")
-    chat = RemoteChat(lm, fields_of(options), drafts=visual and Screen(sys.stdout).live)
+    if media and not lm.card:
+        raise UsageError(f"--{next(iter(media)).replace('_', '-')} has no effect: this server does not take it")
+    fields = fields_of(options) | ({"media": media} if media else {})
+    chat = RemoteChat(lm, fields, drafts=visual and Screen(sys.stdout).live)
 
-    def answer(text: str, think: bool) -> None:
+    def answer(said: Content, think: bool) -> None:
         view = View(Screen(sys.stdout), chat.words, chat.words.ends, visual)  # type: ignore[arg-type]
-        reason = view.show(chat.send(text, think)).reason
+        reason = view.show(chat.send(said, think)).reason
         told = chat.summary(reason) if sys.stderr.isatty() else cut(reason)
         if told:
             note(" · ".join(told), faint=True)
 
-    conversation = Conversation(chat, answer, think)
+    conversation = Conversation(chat, answer, think, shown)
     if system:
         conversation.set_system(system)
     conversation.run()

@@ -3,10 +3,14 @@
 import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dgemma.config import MediaConfig, ModelConfig
+from dgemma.media.prompt import media_of, opened, prompted, quiet, rooted, shows
+from dgemma.media.sources import Sources
+from dgemma.picture import Placed, Prompted
 from dgemma.text.chat import ChatTemplate
 from dgemma.text.messages import prepare_messages
 from dgemma.text.output import ENDS, THOUGHT, THOUGHT_END
@@ -32,10 +36,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence, 4 bytes a token, and the model's turns in it, in order."""
+    """One sequence, 4 bytes a token, the model's turns in it and the pictures that it shows, both in order."""
 
     tokens: "array[int]"
     targets: tuple[Target, ...]
+    pictures: tuple[Placed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,16 +69,29 @@ class BadLine:
 
 
 def examples(
-    data: Conversation | Pair, tokenizer: Tokenizer, template: ChatTemplate | None, limit: int, canvas: int
+    data: Conversation | Pair,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    limit: int,
+    canvas: int,
+    config: ModelConfig | None = None,
+    folder: Path | None = None,
 ) -> list[Example]:
     """The model's turns; those whose prompt continues an earlier turn share its sequence.
 
     limit: the most tokens of an example, without what fills its last canvas. A turn that does not fit is cut to whole
     canvases, and later ones that have no room for one are left out. ValueError if the first has none, or names the
-    message that is wrong.
+    message that is wrong. config: of a network that takes images and videos, which are read from paths that begin in
+    `folder`; without it there may be none.
     """
     found: list[Example] = []
-    for prompt, response in _turns(data, tokenizer, template):
+    if isinstance(data, Conversation) and shows(data.messages):
+        if config is None:
+            raise ValueError("messages: images and video are not taken here")
+        rootless = rooted(data.messages, folder) if folder else data.messages
+        shown = opened(rootless, config, MediaConfig.of(config), Sources(), held=False)
+        data = replace(data, messages=tuple(quiet(shown, tokenizer, config)))
+    for prompt, response, pictures in _turns(data, tokenizer, template, config):
         if len(prompt) > limit - canvas:
             if not found:
                 raise ValueError(
@@ -88,7 +106,7 @@ def examples(
         earlier: tuple[Target, ...] = ()
         if found and prompt[: len(found[-1].tokens)] == found[-1].tokens:
             earlier = found.pop().targets
-        found.append(Example(prompt + response, (*earlier, target)))
+        found.append(Example(prompt + response, (*earlier, target), pictures))
     return found
 
 
@@ -102,9 +120,17 @@ def canvases(target: Target, tokens: Sequence[int], canvas: int, fill: int) -> l
 
 
 def load_jsonl(
-    path: str | Path, tokenizer: Tokenizer, template: ChatTemplate | None, limit: int, canvas: int
+    path: str | Path,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    limit: int,
+    canvas: int,
+    config: ModelConfig | None = None,
 ) -> tuple[list[Example], list[BadLine]]:
     """The examples of a file with one JSON object a line, and the lines that are none; blank lines are skipped.
+
+    Paths of images and videos begin in the file's folder. Every image is opened once, so that a damaged one is a bad
+    line, and read again when it is its turn.
 
     ValueError if no line is an example, OSError if the file cannot be read.
     """
@@ -115,7 +141,7 @@ def load_jsonl(
             if not line.strip():
                 continue
             try:
-                found += examples(read_line(line), tokenizer, template, limit, canvas)
+                found += examples(read_line(line), tokenizer, template, limit, canvas, config, Path(path).parent)
             except (ValueError, RecursionError) as error:
                 bad.append(BadLine(number, str(error)))
     if not found:
@@ -168,16 +194,16 @@ def _one(fields: Mapping[str, Any], name: str, other: str, kind: type) -> Any:
 
 
 def _turns(
-    data: Conversation | Pair, tokenizer: Tokenizer, template: ChatTemplate | None
-) -> "Iterator[tuple[array[int], array[int]]]":
-    """Prompt and response of each of the model's turns, in tokens."""
+    data: Conversation | Pair, tokenizer: Tokenizer, template: ChatTemplate | None, config: ModelConfig | None
+) -> "Iterator[tuple[array[int], array[int], tuple[Placed, ...]]]":
+    """Prompt and response of each of the model's turns, in tokens, and the pictures in the prompt."""
     if isinstance(data, Pair) and template is None:
         if tokenizer.bos_id is None or tokenizer.eos_id is None:
             raise ValueError(
                 "the tokenizer has no bos and eos token, which text without a chat template stands between"
             )
         prompt = [tokenizer.bos_id, *tokenizer.encode(data.prompt)]
-        yield array("i", prompt), array("i", [*tokenizer.encode(data.response), tokenizer.eos_id])
+        yield array("i", prompt), array("i", [*tokenizer.encode(data.response), tokenizer.eos_id]), ()
         return
     if template is None:
         raise ValueError("the model has no chat template: give prompt and response instead of messages")
@@ -192,7 +218,9 @@ def _turns(
     for index, role in enumerate(roles):
         if role == "assistant":
             asked, said = _turn(data, index, tokenizer, template)
-            yield array("i", tokenizer.encode(asked)), array("i", tokenizer.encode(said))
+            shown = media_of(data.messages[:index])
+            read = prompted(asked, shown, tokenizer, config) if config else Prompted(tokenizer.encode(asked))
+            yield array("i", read.tokens), array("i", tokenizer.encode(said)), read.pictures
 
 
 def _turn(data: Conversation, index: int, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[str, str]:

@@ -218,7 +218,8 @@ def _part(batch: Batch, drawn: Corruption, first: int, end: int, canvases: int) 
     rows = slice(first * canvases, end * canvases)
     owner = [example - first for example in batch.owner[rows]]
     answers = [(example - first, start, stop) for example, start, stop in batch.answers if first <= example < end]
-    part = Batch(batch.examples[first:end], owner, batch.start[rows], batch.clean[rows], answers)
+    pictures = batch.pictures[first:end]
+    part = Batch(batch.examples[first:end], owner, batch.start[rows], batch.clean[rows], answers, pictures)
     return part, drawn.rows(rows)
 
 

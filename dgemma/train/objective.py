@@ -14,6 +14,7 @@ from torch import Tensor
 from dgemma.config import ModelConfig
 from dgemma.model.attention import Span
 from dgemma.model.network import DiffusionGemma, make_spans
+from dgemma.picture import Placed, within
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Batch:
 
     examples: int64 [S_b] each, prompt and clean answer; owner and start: for each canvas its example and the position
     where it begins, int64 [R] on the CPU, canvases of one example side by side; clean: int64 [R, C];
-    answers: (example, first token, end) of each turn that the causal loss is taken over.
+    answers: (example, first token, end) of each turn that the causal loss is taken over; pictures: of each example,
+    none if empty.
     """
 
     examples: Sequence[Tensor]
@@ -30,10 +32,20 @@ class Batch:
     start: Sequence[int]
     clean: Tensor
     answers: Sequence[tuple[int, int, int]] = ()
+    pictures: Sequence[Sequence[Placed]] = ()
 
     def to(self, device: torch.device | str) -> "Batch":
         examples = [example.to(device) for example in self.examples]
-        return Batch(examples, self.owner, self.start, self.clean.to(device), self.answers)
+        return Batch(examples, self.owner, self.start, self.clean.to(device), self.answers, self.pictures)
+
+    def before(self, row: int) -> tuple[Tensor, list[Placed]]:
+        """What a canvas continues: its example's tokens before it, and their pictures."""
+        owner, end = self.owner[row], self.start[row]
+        return self.examples[owner][:end], within(self.pictures[owner], 0, end) if self.pictures else []
+
+    def shown(self, ends: Sequence[int]) -> list[list[Placed]]:
+        """The pictures of each example before these ends."""
+        return [within(placed, 0, end) for placed, end in zip(self.pictures or [()] * len(ends), ends, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -130,11 +142,12 @@ def encode(model: DiffusionGemma, batch: Batch, causal: bool) -> tuple[Tape, Ten
     for example, _, stop in batch.answers if causal else ():
         ends[example] = max(ends[example], stop - 1)
     tape = Tape(model.config, batch.owner)
-    spans = make_spans(ends, [0] * len(ends), causal=True)
+    shown = batch.shown(ends)
+    spans = make_spans(ends, [0] * len(ends), causal=True, pictures=shown)
     if not spans:
         return tape, None
-    tokens = torch.cat([example[:end] for example, end in zip(batch.examples, ends, strict=True)])
-    hidden = model.stack(model.embed_tokens(tokens), spans, tape, keys_only=not causal)
+    tokens = [example[:end] for example, end in zip(batch.examples, ends, strict=True)]
+    hidden = model.stack(model.embed(tokens, shown), spans, tape, keys_only=not causal)
     if hidden is None:
         return tape, None
     # A token is predicted by the state of the one before it; only those states go through the head.

@@ -37,6 +37,7 @@ class TrainOptions:
     rollout_steps: int = option(8, "most steps of that denoising", least=1)
     leave_one_out: bool = option(False, "leave-one-out cross-entropy")
     router: bool = option(False, "train the router too; with scratch it always is")
+    vision: bool = option(False, "train the image tower too; with scratch there is none otherwise")
     checkpointing: bool = option(False, "recompute activations instead of keeping them")
     workers: int = option(0, "processes that prepare batches; 0: none but the trainer")
     seed: int = option(0, "of data order and noise", most=2**63 - 1)

@@ -33,13 +33,12 @@ def roll_out(model: DiffusionGemma, batch: Batch, drawn: Corruption, options: Tr
     if not places:
         return drawn
     cache = model.new_cache(len(places))
-    model.encode([batch.examples[owner][:start] for owner, start in places], cache)
+    tokens, shown = zip(*(batch.before(rows[0]) for rows in places.values()), strict=True)
+    model.encode(tokens, cache, pictures=shown)
     config, decoding = model.config, GenerationConfig()
     noises = [Noise(rng.getrandbits(63), config.vocab_size, config.canvas_length) for _ in places]
     going = [Canvas.begin(model, i, 0, decoding, noise) for i, noise in enumerate(noises)]
-    wanted: list[
-        dict[int, int]
-    ] = []  # for each way, the rows that are still to be taken from it, by the number of steps
+    wanted: list[dict[int, int]] = []  # the rows that are still to be taken from each way, by the number of steps
     for rows in places.values():
         most = max(options.rollout_steps, len(rows))
         wanted.append(dict(zip(rng.sample(range(1, most + 1), len(rows)), rows, strict=True)))

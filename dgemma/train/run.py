@@ -115,7 +115,8 @@ def _begin(recipe: Recipe, device: str, dtype: str) -> tuple[LanguageModel, tupl
     changes: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in recipe.config.items()
     }
-    config = dataclasses.replace(config, **changes, vision=None, dtype="float32")
+    vision = config.vision if recipe.options.vision else None
+    config = dataclasses.replace(config, **changes, vision=vision, dtype="float32")
     model = DiffusionGemma(config).init_weights(recipe.options.seed).to(resolve_device(device)).eval()
     tokenizer, template = Tokenizer.from_directory(directory), ChatTemplate.from_directory(directory)
     return LanguageModel(recipe.model, model, tokenizer, template, defaults_of([directory])), (directory,)
@@ -129,12 +130,16 @@ def _trainable(model: DiffusionGemma, recipe: Recipe) -> dict[str, nn.Parameter]
     if pairs(model):
         raise ValueError(f"{recipe.model} is an adapter on quantised weights: `dgemma merge` it with plain ones first")
     if recipe.lora is not None:
+        if recipe.options.vision:
+            raise ValueError("vision = true has no effect with lora: an adapter leaves the image tower as it is")
         values = dict(recipe.lora)
         if "parts" in values:
             values["parts"] = tuple(values["parts"])
         add_lora(model, Lora(**values), recipe.options.seed)
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
-    kept = ("vision.",) if recipe.options.router or recipe.scratch else ("vision.", "router")
+    if recipe.options.vision and model.vision is None:
+        raise ValueError(f"vision = true has no effect: {recipe.model} has no image tower")
+    kept = ["vision."] * (not recipe.options.vision) + ["router"] * (not recipe.options.router and not recipe.scratch)
     chosen = {name: p for name, p in model.named_parameters() if not any(part in name for part in kept)}
     for parameter in chosen.values():
         parameter.requires_grad_(True)

@@ -119,7 +119,7 @@ def open_sources(
     canvas = lm.model.config.canvas_length
 
     def encode(conversation: Conversation) -> list[Example]:
-        return examples(conversation, lm.tokenizer, lm.template, limit, canvas)
+        return examples(conversation, lm.tokenizer, lm.template, limit, canvas, lm.model.config)
 
     if not weights:
         raise ValueError("there is nothing to learn from: name a task or a JSONL file")
@@ -128,7 +128,7 @@ def open_sources(
         if not (isinstance(weight, int | float) and weight > 0):
             raise ValueError(f"the weight of {name} must be a number above 0, not {weight!r}")
         if name.endswith(".jsonl"):
-            stored, refused = load_jsonl(Path(name), lm.tokenizer, lm.template, limit, canvas)
+            stored, refused = load_jsonl(Path(name), lm.tokenizer, lm.template, limit, canvas, lm.model.config)
             for line in refused:
                 bad(name, line)
             sources.append(FileSource(stored, seed))
@@ -164,4 +164,5 @@ def assemble(found: list[Example], count: int, canvas: int, fill: int, rng: rand
         start,
         torch.tensor(clean),
         answers,
+        [example.pictures for example in found],
     )

@@ -121,9 +121,9 @@ def the_clean_canvas_is_committed() -> None:
     given: list[list[int]] = []
     encode = DiffusionGemma.encode
 
-    def spy(self: DiffusionGemma, rows: Any, cache: Cache, logits: bool = False) -> Any:
+    def spy(self: DiffusionGemma, rows: Any, cache: Cache, logits: bool = False, **rest: Any) -> Any:
         given.extend(torch.as_tensor(row).tolist() for row in rows)
-        return encode(self, rows, cache, logits)
+        return encode(self, rows, cache, logits, **rest)
 
     with mock.patch.object(DiffusionGemma, "encode", spy):
         events = run(lively(), prompt(5), max_denoising_steps=3)

@@ -150,12 +150,12 @@ def soft_cap_after_temperature() -> list[Change]:
 def _padded(left: bool) -> list[Change]:
     encode = DiffusionGemma.encode
 
-    def pad(self: DiffusionGemma, rows: Any, cache: Cache, logits: bool = False) -> Any:
+    def pad(self: DiffusionGemma, rows: Any, cache: Cache, logits: bool = False, **rest: Any) -> Any:
         rows = [torch.as_tensor(row) for row in rows]
         longest = max(map(len, rows))
         fill = [row.new_zeros(longest - len(row)) for row in rows]
         pairs = [(f, row) if left else (row, f) for f, row in zip(fill, rows, strict=True)]
-        return encode(self, [torch.cat(pair) for pair in pairs], cache, logits)
+        return encode(self, [torch.cat(pair) for pair in pairs], cache, logits, **rest)
 
     return [(DiffusionGemma, "encode", pad)]
 
@@ -196,7 +196,7 @@ def prefix_is_stale_after_a_commit() -> list[Change]:
 
 def chunks_are_read_in_both_directions() -> list[Change]:
     attend = attention.attend
-    return [(attention, "attend", lambda q, k, v, causal=False, window=None: attend(q, k, v))]
+    return [(attention, "attend", lambda q, k, v, *rest: attend(q, k, v))]
 
 
 def chunks_forget_those_before() -> list[Change]:

@@ -83,8 +83,10 @@ def make_reference(
 
 def reference_of(ours: DiffusionGemma) -> Any:
     """transformers' network with the weights of ours, in float32."""
-    # It cannot be built without an image tower, nor generate without an image token; neither is used.
-    values = ours.config.to_dict() | {"vision_config": VISION, "image_token_id": ours.config.vocab_size}
+    values = ours.config.to_dict()
+    if ours.config.vision is None:
+        # It cannot be built without an image tower, nor generate without an image token; neither is used.
+        values |= {"vision_config": VISION, "image_token_id": ours.config.vocab_size}
     theirs = transformers.DiffusionGemmaForBlockDiffusion(transformers.DiffusionGemmaConfig.from_dict(values))
     theirs.set_experts_implementation("eager")
     weights = {stored_name(name): tensor for name, tensor in ours.state_dict().items()}

@@ -14,6 +14,7 @@ from dgemma.decoding import blocks
 from dgemma.decoding.events import Block, Finished, Step
 from dgemma.decoding.noise import Noise
 from dgemma.model.network import DiffusionGemma
+from dgemma.picture import Placed
 
 CONFIG = ModelConfig(
     vocab_size=48,
@@ -76,10 +77,16 @@ def noises(seed: int, rows: int, config: ModelConfig = CONFIG) -> list[Noise]:
 
 
 def our_trajectories(
-    model: DiffusionGemma, prompts: Sequence[Tensor], options: GenerationConfig, noise: Sequence[Noise]
+    model: DiffusionGemma,
+    prompts: Sequence[Tensor],
+    options: GenerationConfig,
+    noise: Sequence[Noise],
+    pictures: Sequence[Sequence[Placed]] | None = None,
 ) -> list[Trajectory]:
     """What `dgemma.decoding.blocks.generate` does, a row."""
-    requests = [blocks.Request(prompt, options, n) for prompt, n in zip(prompts, noise, strict=True)]
+    shown = pictures or [()] * len(prompts)
+    rows = zip(prompts, noise, shown, strict=True)
+    requests = [blocks.Request(prompt, options, n, pictures=tuple(placed)) for prompt, n, placed in rows]
     rows = [Trajectory() for _ in requests]
     for event in blocks.generate(model, requests):
         match event:
@@ -101,9 +108,9 @@ def our_trajectories(
 
 @torch.no_grad()
 def reference_trajectories(
-    theirs: Any, prompts: Tensor, options: GenerationConfig, noise: Sequence[Noise]
+    theirs: Any, prompts: Tensor, options: GenerationConfig, noise: Sequence[Noise], **given: Tensor
 ) -> list[Trajectory]:
-    """What the reference's `generate` does with prompts [B, T] and these draws.
+    """What the reference's `generate` does with prompts [B, T], what else is given, and these draws.
 
     It runs rows in lockstep: a row that has settled waits, and its later steps and blocks are not its own.
     """
@@ -157,7 +164,7 @@ def reference_trajectories(
         mock.patch.object(reference.EntropyBoundSampler, "initialize_canvas", fresh),
         mock.patch.object(torch, "multinomial", draw),
     ):
-        out = theirs.generate(prompts, generation_config=config)
+        out = theirs.generate(prompts, generation_config=config, **given)
     for i, row in enumerate(rows):
         new = out.sequences[i, prompts.shape[1] :].tolist()
         ends = [j for j, token in enumerate(new) if token in options.eos_token_id]

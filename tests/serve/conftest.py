@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +54,11 @@ def serving(
     limits: Limits | None = None,
     time_limit: float = 60,
     trace: Path | None = None,
+    media_hosts: Sequence[str] = (),
     **app: Any,
 ) -> Iterator[Site]:
     """Serves a model, or, for None, a load that does not end."""
-    service = Service(lm.name if lm else "absent", limits or Limits(), time_limit, trace)
+    service = Service(lm.name if lm else "absent", limits or Limits(), time_limit, trace, media_hosts)
     if lm:
         service.open(lm)
     with bind("127.0.0.1", 0) as listening:

@@ -1,5 +1,6 @@
 import { Answer, emptyRecord } from "./answer.js";
 import * as api from "./api.js";
+import { Attachments, contentOf, thumbnails } from "./attach.js";
 import { make } from "./dom.js";
 import { watchSelection } from "./selection.js";
 import { Settings } from "./settings.js";
@@ -17,7 +18,8 @@ const SHARED = ["model", "messages", "stream", "stream_options", "seed", "max_to
 const SCHEMES = { "light dark": "as the system", light: "light", dark: "dark" };
 const $ = (id) => document.getElementById(id);
 
-/** turns: [{ ask, answer: record, rival: record or null }]; draft: the input; pending: what is being answered. */
+/** turns: [{ ask, shown: files, answer: record, rival: record or null }]; draft: the input; pending: what is being
+ * answered. */
 const state = { turns: [], system: "", draft: "", pending: "", think: false };
 Object.assign(state, JSON.parse(sessionStorage.getItem(STORE) ?? "{}"));
 let model = null;
@@ -28,6 +30,7 @@ let unsent = null; // { race } of a message that the server was not there for
 let following = true; // the log is scrolled to its end, and stays there
 const answers = new Set();
 const settings = new Settings(settingsClosed);
+const attachments = new Attachments($("shown"), () => Boolean(model?.dgemma.images), notice);
 const reselect = watchSelection(answers, () => running || !model);
 
 function save() {
@@ -69,6 +72,7 @@ async function loadModel() {
   notice();
   $("model").textContent = converses() ? model.id : `${model.id} · each message on its own`;
   $("think-box").hidden = !model.dgemma.thinking;
+  $("attach").hidden = !model.dgemma.images;
   settings.build(model.dgemma.defaults);
   if (unsent) send(unsent.race);
 }
@@ -97,20 +101,20 @@ function report(error) {
 
 // The conversation
 
-function messages(ask, turns) {
+function messages({ ask, shown }, turns) {
   const system = state.system.trim() ? [{ role: "system", content: state.system }] : [];
   const answered = turns.filter((turn) => turn.answer.content && converses());
   const before = answered.flatMap((turn) => [
-    { role: "user", content: turn.ask },
+    { role: "user", content: contentOf(turn.ask, turn.shown) },
     { role: "assistant", content: turn.answer.content },
   ]);
-  return [...system, ...before, { role: "user", content: ask }];
+  return [...system, ...before, { role: "user", content: contentOf(ask, shown) }];
 }
 
-function request(ask, turns = state.turns, think = state.think && model.dgemma.thinking) {
+function request(asked, turns = state.turns, think = state.think && model.dgemma.thinking) {
   const body = {
     model: model.id,
-    messages: messages(ask, turns),
+    messages: messages(asked, turns),
     stream: true,
     draft: true,
     stream_options: { include_usage: true },
@@ -124,7 +128,8 @@ function request(ask, turns = state.turns, think = state.think && model.dgemma.t
 /** Puts a turn on the page: { answer, rival, remove }. */
 function show(turn) {
   const rival = turn.rival && new Answer("Answer left to right", turn.rival, settings, follow);
-  const ask = make("article", { className: "ask", ariaLabel: "You" }, turn.ask);
+  const files = turn.shown?.length ? [make("div", { className: "files" }, ...thumbnails(turn.shown))] : [];
+  const ask = make("article", { className: "ask", ariaLabel: "You" }, ...files, turn.ask);
   const again = make("button", { type: "button", className: "quiet again" }, "Again");
   const element = make("section", { className: "turn" }, ask);
   let answer = null;
@@ -158,7 +163,7 @@ function show(turn) {
     if (running) return;
     state.turns = state.turns.filter((other) => other !== turn);
     remove();
-    start(turn.ask, Boolean(rival));
+    start(turn.ask, turn.shown ?? [], Boolean(rival));
   };
   if (rival) answers.add(rival);
   $("turns").append(element);
@@ -174,7 +179,7 @@ function send(race) {
     return void loadModel();
   }
   setInput("");
-  start(ask, race);
+  start(ask, attachments.take(), race);
 }
 
 function setInput(text) {
@@ -182,9 +187,9 @@ function setInput(text) {
   save();
 }
 
-async function start(ask, race) {
-  const turn = { ask, answer: emptyRecord(), rival: race ? emptyRecord(true) : null };
-  const body = request(ask);
+async function start(ask, shown, race) {
+  const turn = { ask, shown, answer: emptyRecord(), rival: race ? emptyRecord(true) : null };
+  const body = request(turn);
   delete body.noise_level; // nothing to begin from
   turn.answer.think = Boolean(body.chat_template_kwargs);
   state.pending = ask; // a reload in the middle gives it back
@@ -200,6 +205,7 @@ async function start(ask, race) {
   const typed = $("input").value;
   if (outcome && !answer.began && !rival?.began) {
     remove();
+    attachments.set([...shown, ...attachments.shown]);
     setInput(typed ? `${ask}\n${typed}` : ask);
     if (outcome instanceof api.Gone || outcome.status === 503) unsent = { race };
   } else {
@@ -214,7 +220,7 @@ async function rewrite(turn, put, first, end) {
   const former = turn.answer;
   const pins = Object.fromEntries(Object.entries(former.ids).filter(([i]) => i < first || i >= end));
   const before = state.turns.slice(0, state.turns.indexOf(turn));
-  const body = { ...request(turn.ask, before, former.think), pins, max_tokens: end - first };
+  const body = { ...request(turn, before, former.think), pins, max_tokens: end - first };
   if (body.noise_level < 1) body.vllm_xargs = { diffusion_seed_canvas: former.ids };
   else delete body.noise_level;
   let answer = put({ ...emptyRecord(), think: former.think, former });
@@ -295,6 +301,11 @@ $("system").addEventListener("input", () => {
 $("think").addEventListener("change", () => {
   state.think = $("think").checked;
   save();
+});
+$("attach").onclick = () => $("file").click();
+$("file").addEventListener("change", () => {
+  attachments.add([...$("file").files]);
+  $("file").value = "";
 });
 $("race").onclick = () => send(true);
 $("stop").onclick = () => running?.abort();
