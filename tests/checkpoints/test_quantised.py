@@ -129,12 +129,12 @@ def test_logits(made, tmp_path, inputs, case):
     expected = logits(plain_model(model.config, stored, case.kind == "int8"), tokens, canvas)
     error = logits(model, tokens, canvas) - expected
     if case.kind != "int8":
-        assert rms(error) < 1e-5 * rms(expected)
+        assert rms(error) < 1e-4 * rms(expected)
         return
     # Sums in another order now and then carry an activation across a rounding step, and attention then spreads that
     # to other tokens: up to 0.014 in all. Leaving the activations as they are makes 0.13 and more.
     assert rms(error) < 0.03 * rms(expected)
-    assert error.square().mean(-1).sqrt().quantile(0.3) < 1e-5 * rms(expected)
+    assert error.square().mean(-1).sqrt().quantile(0.3) < 1e-4 * rms(expected)
     assert rms(logits(plain_model(model.config, stored), tokens, canvas) - expected) > 0.1 * rms(expected)
 
 
@@ -179,7 +179,7 @@ def test_int8_weights_with_activations_as_they_are(made, tmp_path, inputs):
     model = load_model(stored.write(tmp_path), "cpu", "float32")
     tokens, canvas = inputs(model.config.vocab_size)
     expected = logits(plain_model(model.config, stored), tokens, canvas)
-    assert rms(logits(model, tokens, canvas) - expected) < 1e-5 * rms(expected)
+    assert rms(logits(model, tokens, canvas) - expected) < 1e-4 * rms(expected)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8", "int4", "nvfp4"])
