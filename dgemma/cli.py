@@ -119,7 +119,7 @@ def run(
     constraint = constraint_of(schema, regex, choice, grammar)
     if constraint is not None and autoregressive:
         raise UsageError("constraints are for diffusion: --autoregressive takes none")
-    text = _prompt(prompt)
+    text = _prompt(prompt, needed=not shown)
     directory = checked(model, config)
     task = embedded.task(directory)
     if task:
@@ -322,16 +322,18 @@ def _options(
     return {**config, "seed": seed or 0, **mode}
 
 
-def _prompt(given: str | None) -> str:
-    """The text of -p; standard input for "-", and for no -p where it is not a terminal."""
+def _prompt(given: str | None, needed: bool = True) -> str:
+    """The text of -p; standard input for "-", and for no -p where it is not a terminal. Empty only if not needed."""
     if given is None and (sys.stdin is None or sys.stdin.isatty()):
+        if not needed:
+            return ""
         raise UsageError("there is no prompt: give one with -p, or pipe one in")
     try:
         text = sys.stdin.buffer.read().decode() if given in (None, "-") else str(given)
         text.encode()
     except UnicodeError:
         raise UsageError("the prompt is not UTF-8 text") from None
-    if not text.strip():
+    if needed and not text.strip():
         raise UsageError("the prompt is empty")
     return text.removesuffix("\n")
 

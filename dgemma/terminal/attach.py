@@ -44,8 +44,8 @@ def attachments(
 
 
 def content_of(parts: Sequence[Part], text: str) -> Content:
-    """What a user says: models of this family were taught with images before the text that is about them."""
-    return [*parts, {"type": "text", "text": text}] if parts else text
+    """What a user says: models of this family were taught with images before the text, if any, that is about them."""
+    return [*parts, *([{"type": "text", "text": text}] if text.strip() else [])] if parts else text
 
 
 def sendable(content: Content) -> Content:

@@ -10,7 +10,19 @@ from typing import Any, Protocol
 
 Message = Mapping[str, Any]
 
-NAMES = ("arithmetic", "sorting", "extraction", "tools", "tables", "markdown", "python", "prose", "sudoku", "digits")
+NAMES = (
+    "arithmetic",
+    "sorting",
+    "extraction",
+    "tools",
+    "tables",
+    "markdown",
+    "python",
+    "prose",
+    "sudoku",
+    "digits",
+    "sudoku_picture",
+)
 HELD_OUT = 16
 """One question in so many is kept for measuring; which ones is decided by the question itself."""
 
