@@ -134,8 +134,8 @@ def test_the_autoregressive_mode_beside_a_canvas(site: Site, lm: LanguageModel) 
     answer = site.client.chat.completions.create(model="sudoku", messages=ASKED, extra_body=body)
     wanted = lm.generate(PUZZLE, autoregressive=True, max_new_tokens=10)
     assert answer.choices[0].message.content == wanted.text
-    assert answer.choices[0].finish_reason == "length"
-    assert answer.usage.to_dict()["diffusion"]["denoising_steps"] == 10
+    assert answer.choices[0].finish_reason == wanted.finish_reason
+    assert answer.usage.to_dict()["diffusion"]["denoising_steps"] == len(wanted.tokens)
     assert site.ask(**body, max_denoising_steps=3).json()["error"]["param"] == "max_denoising_steps"
     assert site.ask(**body, n=2).json()["error"]["param"] == "n"
 
