@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgemma.config import BOTH_WAYS, SLIDING, ModelConfig
@@ -23,6 +24,7 @@ class Span:
     """Rows that look alike, side by side on the flat token axis: `length` new tokens each, after `past` cached ones.
 
     blocks: begins and ends, as positions in the row, of causal tokens that see each other in both directions.
+    pasts: cached tokens of each row where they differ, only if not causal; `past` is then the most of them.
     """
 
     row: int
@@ -31,13 +33,22 @@ class Span:
     past: int
     causal: bool
     blocks: tuple[tuple[int, int], ...] = ()
+    pasts: tuple[int, ...] = ()
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Of every token, int64 [rows * length]."""
+        starts = torch.tensor(self.pasts or (self.past,), device=device)
+        return (starts[:, None] + torch.arange(self.length, device=device)).expand(self.rows, -1).flatten()
 
 
 class KeyValues(Protocol):
     """Where attention finds the keys and values before a span, and leaves those of encoded tokens."""
 
     def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor] | None:
-        """Keys and values [B, K, S, D] that the span's tokens can reach, or None where nothing is cached."""
+        """Keys and values [B, K, S, D] that the span's tokens can reach, or None where nothing is cached.
+
+        Of rows with different pasts: what any of them can reach, and the last is that of position `past` - 1.
+        """
 
     def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Takes keys and values [B, K, T, D] of the span's own tokens; returns them as they will be read."""
@@ -95,8 +106,18 @@ class Attention(nn.Module):
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         first = span.past + span.length - k.shape[2]
         blocks = [(begin - first, end - first) for begin, end in span.blocks] if self.both_ways else []
-        y = attend(q, k, v, span.causal, self.window, blocks, self.windowed)
+        beyond = self._beyond(span, first, q.device) if span.pasts else None
+        y = attend(q, k, v, span.causal, self.window, blocks, self.windowed, beyond)
         return y.transpose(1, 2).reshape(-1, self.heads * self.size)
+
+    def _beyond(self, span: Span, first: int, device: torch.device) -> Tensor:
+        """Which of the keys before a span's own, from position `first` on, each row cannot reach: bool [B, S]."""
+        past = torch.tensor(span.pasts, device=device)[:, None]
+        key = torch.arange(first, span.past, device=device)
+        beyond = key >= past
+        if self.window is not None:
+            beyond = beyond | (key <= past - self.window)
+        return F.pad(beyond, (0, span.length))
 
 
 def _by_span(spans: list[Span], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
@@ -115,13 +136,14 @@ def attend(
     window: int | None = None,
     blocks: Sequence[tuple[int, int]] = (),
     windowed: bool = False,
+    beyond: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of q [B, H, T, D] over k, v [B, K, S, D], scale 1; the last T keys are the queries' own.
 
     Not causal: every query sees every key. That is the canvas, and the rectangle of the sliding layers comes from which
     keys are given. Causal: a query sees itself and what is before it, no further back than `window` tokens; of a block,
     given by its first key and the one behind its last, also all the others, however far apart, or, if `windowed`,
-    those that the window reaches.
+    those that the window reaches. beyond: keys that a row does not see, bool [B, S], only if not causal.
     """
     batch, heads, length, size = q.shape
     kv_heads, seen = k.shape[1:3]
@@ -143,5 +165,7 @@ def attend(
                 hidden[own, others] = (key[others] <= at[own] - window) if windowed and window else False
             grouped = scores.view(batch, kv_heads, -1, rows, seen)
             scores = grouped.masked_fill(hidden, float("-inf")).view(scores.shape)
+        elif beyond is not None:
+            scores = scores.masked_fill(beyond[:, None, None], float("-inf"))
         outputs.append((scores.softmax(-1) @ v).reshape(batch, heads, rows, size))
     return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]

@@ -203,8 +203,7 @@ class DiffusionGemma(nn.Module):
 
     def _rotations(self, spans: list[Span]) -> Rotations:
         """cos and sin [N, 1, D/2] of every token's position, for each kind of layer."""
-        at = [torch.arange(s.past, s.past + s.length, device=self.device).repeat(s.rows) for s in spans]
-        positions = torch.cat(at).float()
+        positions = torch.cat([span.positions(self.device) for span in spans]).float()
         rotations = {}
         for kind in set(self.config.layer_types):
             size = self.config.head_size(self.config.layer_types.index(kind))

@@ -4,8 +4,10 @@ Shapes: R canvases, C tokens a canvas, S tokens of an example, V vocabulary. Sou
 recipes (uniform corruption, self-conditioning, causal co-loss); arXiv 2605.22765 for the leave-one-out loss.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +18,17 @@ from dgemma.model.attention import Span
 from dgemma.model.network import DiffusionGemma, make_spans
 from dgemma.picture import Placed, within
 
+BUCKET = {"cuda": 64}
+"""Lengths that do not differ by a multiple of this are one span, filled up and masked: a GPU is slow at many small
+ones. Elsewhere only what is equal shares a span.
+"""
+
 
 @dataclass(frozen=True)
 class Batch:
     """Canvases to be learnt, and the examples that they lie in.
 
-    examples: int64 [S_b] each, prompt and clean answer; owner and start: for each canvas its example and the position
+    examples: int64 [S_b] each on the CPU, prompt and clean answer; owner and start: for each canvas its example and the position
     where it begins, int64 [R] on the CPU, canvases of one example side by side; clean: int64 [R, C];
     answers: (example, first token, end) of each turn that the causal loss is taken over; pictures: of each example,
     none if empty.
@@ -35,8 +42,8 @@ class Batch:
     pictures: Sequence[Sequence[Placed]] = ()
 
     def to(self, device: torch.device | str) -> "Batch":
-        examples = [example.to(device) for example in self.examples]
-        return Batch(examples, self.owner, self.start, self.clean.to(device), self.answers, self.pictures)
+        """With the canvases there; the examples stay, since `encode` lays them together first."""
+        return dataclasses.replace(self, clean=self.clean.to(device))
 
     def before(self, row: int) -> tuple[Tensor, list[Placed]]:
         """What a canvas continues: its example's tokens before it, and their pictures."""
@@ -104,31 +111,39 @@ def corrupt(
 class Tape:
     """Keys and values of encoded examples, with their gradients: the training counterpart of `model.Cache`.
 
-    owner: the example of each canvas that reads the tape.
+    place: of each example the first row of the span in which it was encoded, and its number there; owner: the example
+    of each canvas that reads the tape; step: see `BUCKET`.
     """
 
-    def __init__(self, config: ModelConfig, owner: Sequence[int] = ()):
-        self.config, self.owner = config, owner
+    def __init__(self, config: ModelConfig, place: Mapping[int, tuple[int, int]], owner: Sequence[int], step: int):
+        self.config, self.place, self.owner, self.step = config, place, owner, step
         self.stored: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def read_by(self, owner: Sequence[int]) -> "Tape":
         """The same tape, for other canvases."""
-        view = Tape(self.config, owner)
+        view = Tape(self.config, self.place, owner, self.step)
         view.stored = self.stored
         return view
 
+    def arranged(self, start: Sequence[int]) -> list[list[int]]:
+        """The canvases, which begin at positions `start`, by what they read: each group is one span."""
+        nowhere = (-1, 0)
+        group = lambda row: (self.place.get(self.owner[row], nowhere)[0], -(-start[row] // self.step))  # noqa: E731
+        return [list(rows) for _, rows in groupby(sorted(range(len(start)), key=group), group)]
+
     def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        for i, pair in enumerate(zip(keys.unbind(), values.unbind(), strict=True)):
-            self.stored[layer, span.row + i] = pair
+        self.stored[layer, span.row] = keys, values
         return keys, values
 
     def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor] | None:
         if span.causal or span.past == 0:
             return None
-        start = self.config.first_reached(self.config.layer_types[layer], span.past)
-        pairs = [self.stored[layer, owner] for owner in self.owner[span.row : span.row + span.rows]]
-        keys, values = (torch.stack([t[:, start : span.past] for t in side]) for side in zip(*pairs, strict=True))
-        return keys, values
+        places = [self.place[owner] for owner in self.owner[span.row : span.row + span.rows]]
+        start = self.config.first_reached(self.config.layer_types[layer], min(span.pasts, default=span.past))
+        rows = torch.tensor([number for _, number in places])
+        keys, values = (t[:, :, start : span.past] for t in self.stored[layer, places[0][0]])
+        rows = rows.to(keys.device)
+        return keys.index_select(0, rows), values.index_select(0, rows)
 
 
 def encode(model: DiffusionGemma, batch: Batch, causal: bool) -> tuple[Tape, Tensor | None]:
@@ -141,29 +156,46 @@ def encode(model: DiffusionGemma, batch: Batch, causal: bool) -> tuple[Tape, Ten
         ends[owner] = max(ends[owner], start)
     for example, _, stop in batch.answers if causal else ():
         ends[example] = max(ends[example], stop - 1)
-    tape = Tape(model.config, batch.owner)
     shown = batch.shown(ends)
-    spans = make_spans(ends, [0] * len(ends), causal=True, pictures=shown)
+    step = 1 if any(shown) else BUCKET.get(model.device.type, 1)
+    order = sorted((e for e, end in enumerate(ends) if end), key=lambda e: ends[e])
+    lengths = [-(-ends[e] // step) * step for e in order]
+    pictures = [shown[e] for e in order]
+    spans = make_spans(lengths, [0] * len(order), causal=True, pictures=pictures)
+    place = {order[span.row + i]: (span.row, i) for span in spans for i in range(span.rows)}
+    tape = Tape(model.config, place, batch.owner, step)
     if not spans:
         return tape, None
-    tokens = [example[:end] for example, end in zip(batch.examples, ends, strict=True)]
-    hidden = model.stack(model.embed(tokens, shown), spans, tape, keys_only=not causal)
+    # What fills a row up stands behind everything that is read of it.
+    rows = [F.pad(batch.examples[e][: ends[e]], (0, length - ends[e])) for e, length in zip(order, lengths, strict=True)]
+    tokens = torch.cat(rows).to(model.device).split(lengths)
+    hidden = model.stack(model.embed(tokens, pictures), spans, tape, keys_only=not causal)
     if hidden is None:
         return tape, None
     # A token is predicted by the state of the one before it; only those states go through the head.
-    begins = [sum(ends[:i]) for i in range(len(ends))]
+    begins = dict(zip(order, accumulate(lengths, initial=0), strict=False))
     asked = torch.cat([torch.arange(begins[e] + start - 1, begins[e] + stop - 1) for e, start, stop in batch.answers])
     wanted = torch.cat([batch.examples[e][start:stop] for e, start, stop in batch.answers])
     logits = model.embed_tokens.logits(model.norm(hidden[asked.to(hidden.device)]))
-    return tape, F.cross_entropy(logits, wanted, reduction="none")
+    return tape, F.cross_entropy(logits, wanted.to(hidden.device), reduction="none")
 
 
 def denoise_logits(model: DiffusionGemma, canvas: Tensor, tape: Tape, start: Sequence[int], soft: Tensor) -> Tensor:
     """Logits float32 [R, C, V] of canvases that begin at positions `start` of the examples on the tape."""
-    spans = make_spans([canvas.shape[1]] * len(canvas), start, causal=False)
-    hidden = model.stack(model.canvas_input(canvas, soft).flatten(0, 1), spans, tape)
+    groups = tape.arranged(start)
+    order = [row for group in groups for row in group]
+    spans, done = [], 0
+    for group in groups:
+        pasts = tuple(start[row] for row in group)
+        differ = pasts if len(set(pasts)) > 1 else ()
+        spans.append(Span(done, len(group), canvas.shape[1], max(pasts), causal=False, pasts=differ))
+        done += len(group)
+    place = torch.tensor(order).to(model.device)
+    x = model.canvas_input(canvas, soft).index_select(0, place).flatten(0, 1)
+    hidden = model.stack(x, spans, tape.read_by([tape.owner[row] for row in order]))
     assert hidden is not None
-    return model.embed_tokens.logits(model.norm(hidden)).view(*canvas.shape, -1)
+    states = hidden.view(*canvas.shape, -1).index_select(0, place.argsort())
+    return model.embed_tokens.logits(model.norm(states))
 
 
 def diffusion_loss(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dgemma.checkpoints.names import released_name, stored_name
+from dgemma.train import objective
 from dgemma.train.memory import checkpoint_layers
 from dgemma.train.objective import Batch, Corruption, corrupt, diffusion_loss
 from tests.parity.reference import make_reference, random_config
@@ -87,6 +88,34 @@ def test_loss_and_gradients_equal_the_references(seed: int) -> None:
             differences.append((parameter.grad - grad).norm())
             assert differences[-1] < 3e-4 * grad.norm() + 3e-7 * total, name
     assert torch.stack(differences).norm() < 3e-5 * total
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize("step", [5, 64])
+def test_lengths_filled_up_as_on_a_gpu_change_nothing(seed: int, step: int, monkeypatch) -> None:
+    """One mask for many lengths: the same losses and gradients as one span for each."""
+    found = []
+    for bucket in (1, step):
+        monkeypatch.setitem(objective.BUCKET, "cpu", bucket)
+        ours, _, batch, drawn = _case(seed)
+        attended = _count_spans(ours)
+        loss, causal = diffusion_loss(ours, batch, drawn, causal=True)
+        (loss.mean() + causal.mean()).backward()
+        found.append((loss, causal, {name: p.grad for name, p in ours.named_parameters()}, attended))
+    (loss, causal, grads, exact), (filled, filled_causal, filled_grads, few) = found
+    assert step == 5 or max(few) < max(exact)
+    torch.testing.assert_close(filled, loss, atol=3e-5, rtol=3e-5)
+    torch.testing.assert_close(filled_causal, causal, atol=3e-5, rtol=3e-5)
+    total = torch.nn.utils.get_total_norm(grad for grad in grads.values() if grad is not None)
+    for name, grad in grads.items():
+        if grad is not None:
+            assert (filled_grads[name] - grad).norm() < 3e-5 * total, name
+
+
+def _count_spans(model) -> list[int]:
+    counts, stack = [], model.stack
+    model.stack = lambda x, spans, *rest, **more: counts.append(len(spans)) or stack(x, spans, *rest, **more)
+    return counts
 
 
 def test_without_the_causal_loss_nothing_else_changes() -> None:
