@@ -107,7 +107,8 @@ def denoise_step(model: DiffusionGemma, cache: Cache, canvases: Sequence[Canvas]
     greedy = torch.tensor([c.options.greedy for c in canvases], device=device)
     tokens = torch.where(accepted, torch.where(greedy[:, None], read.best, read.proposal), fresh)
 
-    best, means = read.best.cpu(), (read.entropy.sum(-1) / (~pinned).sum(-1)).tolist()
+    means = (read.entropy.sum(-1) / (~pinned).sum(-1)).tolist()
+    best, new, kept, entropy = (t.cpu() for t in (read.best, tokens, accepted, read.entropy))
     seconds = (perf_counter() - started) / len(canvases)
     events = []
     for b, c in enumerate(canvases):
@@ -117,7 +118,7 @@ def denoise_step(model: DiffusionGemma, cache: Cache, canvases: Sequence[Canvas]
         c.tokens, c.steps, c.seconds = tokens[b], steps[b], c.seconds + seconds
         if read.soft is not None:
             c.soft = read.soft[b]
-        seen = (best[b], tokens[b].cpu(), accepted[b].cpu(), read.entropy[b].cpu())
+        seen = (best[b], new[b], kept[b], entropy[b])
         events.append(Step(c.row, c.block, c.steps, temperatures[b], *seen, means[b], c.still))
     return events
 

@@ -1,8 +1,12 @@
-"""What lies between the products of a layer, on a CPU; the twins are in `model.layers` and `model.experts`.
+"""What lies between the products of a layer, in C on a CPU and in Triton on a GPU, each where it is at hand.
 
-Norm and gate have gradients; rotation and the sum of experts are for inference.
+The twins are in `model.layers` and `model.experts`. Norm and gate have gradients, and on a GPU rotation too; else
+rotation and the sum of experts are for inference.
 """
 
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,42 +14,62 @@ from torch import Tensor
 
 from dgemma.kernels import native
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 64
 """Rows whose share of a weight's gradient is added up first, in elementwise.c."""
 
 
+@cache
+def triton() -> Any:
+    """The Triton kernels; None where Triton is not installed."""
+    return import_module("dgemma.kernels.fused") if find_spec("triton") else None
+
+
 def fits_norm(x: Tensor, weight: Tensor | None) -> bool:
-    return native.fits(x.dtype, x) and x.dtype != torch.int8 and (weight is None or weight.is_contiguous())
+    if weight is not None and not weight.is_contiguous():
+        return False
+    return _fits_triton(x) if x.is_cuda else native.fits(x.dtype, x) and x.dtype != torch.int8
 
 
 def fits_gate(gate: Tensor, up: Tensor) -> bool:
-    if gate.dtype != up.dtype or not native.fits(gate.dtype):
+    if gate.dtype != up.dtype or gate.device != up.device:
         return False
-    return all(
-        x.device.type == "cpu" and (x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1)) for x in (gate, up)
-    )
+    if not all(x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1) for x in (gate, up)):
+        return False
+    return _fits_triton(gate[:0]) if gate.is_cuda else gate.device.type == "cpu" and native.fits(gate.dtype)
+
+
+def fits_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    if x.dim() != 3:  # the image tower turns two parts of a head apart
+        return False
+    return _fits_triton(x, cos, sin) if x.is_cuda else fits_inference(x, cos, sin)
+
+
+def _fits_triton(*tensors: Tensor) -> bool:
+    usable = all(x.is_cuda and x.is_contiguous() and x.dtype in FLOATS for x in tensors)
+    return usable and triton() is not None
 
 
 def fits_inference(*tensors: Tensor) -> bool:
     """Tensors of one dtype that nobody wants a gradient of."""
-    learning = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return not learning and native.fits(tensors[0].dtype, *tensors) and len({x.dtype for x in tensors}) == 1
+    return not _learning(*tensors) and native.fits(tensors[0].dtype, *tensors) and len({x.dtype for x in tensors}) == 1
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis, in x's dtype."""
-    needed = torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
-    return _Norm.apply(x, weight, eps) if needed else _normed(x, weight, eps)[0]
+    learning = _learning(x) if weight is None else _learning(x, weight)
+    return _Norm.apply(x, weight, eps) if learning else _normed(x, weight, eps)[0]
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """gelu_tanh(gate) * up."""
-    needed = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
-    return _Gate.apply(gate, up) if needed else _gated(gate, up)
+    return _Gate.apply(gate, up) if _learning(gate, up) else _gated(gate, up)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Pairs (i, i + D/2) of x [N, heads, D] turned by the angles whose cos and sin are [N, 1, D/2]."""
+    if x.is_cuda:
+        return _Rotation.apply(x, cos, sin) if _learning(x) else triton().rotate(x, cos, sin)
     y = torch.empty_like(x)
     native.call("rotate", x, cos, sin, x.dtype, y, *x.shape[:2], x.shape[2] // 2)
     return y
@@ -58,7 +82,13 @@ def weighted_sums(y: Tensor, weights: Tensor, places: Tensor) -> Tensor:
     return out
 
 
+def _learning(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def _normed(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    if x.is_cuda:
+        return triton().rms_norm(x, weight, eps)
     rows, size = x[..., 0].numel(), x.shape[-1]
     y, scale = torch.empty_like(x), torch.empty(rows)
     native.call("rms_norm", x, x.dtype, _wide(weight), torch.tensor([eps]), y, scale, rows, size)
@@ -66,6 +96,8 @@ def _normed(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tenso
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    if gate.is_cuda:
+        return triton().gated(gate, up)
     y = torch.empty(gate.shape, dtype=gate.dtype)
     rows, size = y[..., 0].numel(), y.shape[-1]
     native.call("gated", gate, up, y.dtype, gate.stride(-2), up.stride(-2), y, rows, size)
@@ -86,6 +118,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
+        if x.is_cuda:
+            to_x, share = triton().rms_norm_back(x, gradient.contiguous(), weight, scale)
+            return to_x, None if share is None else share.to(weight.dtype), None
         rows, size = len(scale), x.shape[-1]
         to_x = torch.empty_like(x)
         shares = None if weight is None else torch.zeros(-(-rows // CHUNK), size)
@@ -103,7 +138,20 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        if gate.is_cuda:
+            return triton().gated_back(gate, up, gradient.contiguous())
         to_gate, to_up = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
         strides, shape = (gate.stride(-2), up.stride(-2)), (to_up[..., 0].numel(), to_up.shape[-1])
         native.call("gated_back", gate, up, gradient.contiguous(), gate.dtype, *strides, to_gate, to_up, *shape)
         return to_gate, to_up
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return triton().rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return triton().rotate(gradient.contiguous(), *ctx.saved_tensors, back=True), None, None

@@ -74,7 +74,7 @@ def inverse_frequencies(rope: Rope, head_size: int, device: torch.device) -> Ten
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns pairs (i, i + D/2) of x [N, heads, D] by the angles whose cos and sin [N, 1, D/2] are given."""
-    if x.dim() == 3 and elementwise.fits_inference(x, cos, sin):  # the image tower turns two parts of a head apart
+    if elementwise.fits_rotation(x, cos, sin):
         return elementwise.rotate(x, cos, sin)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
