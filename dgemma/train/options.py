@@ -65,7 +65,8 @@ class Recipe:
     """A whole run.
 
     model: what to start from; scratch: its config and tokenizer only, with random weights; config: fields of its
-    config.json's text part to change, with `scratch`; tasks: weights of the sources of examples, each a task's name or
+    config.json's text part to change, with `scratch`; layers: how deep the model is made before it trains on, 0 for as
+    deep as it is; tasks: weights of the sources of examples, each a task's name or
     "NAME:LEVEL" or a JSONL file; evaluate: sources of held-out items; lora: its fields, None for all weights; quantize:
     the format that the model's own weights are kept in beside a LoRA, as `dgemma.load` takes it.
     """
@@ -75,6 +76,7 @@ class Recipe:
     evaluate: tuple[str, ...] = ()
     scratch: bool = False
     config: dict[str, Any] = field(default_factory=dict)
+    layers: int = 0
     lora: dict[str, Any] | None = None
     quantize: str | None = None
     options: TrainOptions = TrainOptions()

@@ -42,13 +42,13 @@ def roll_out(model: DiffusionGemma, batch: Batch, drawn: Corruption, options: Tr
     for rows in places.values():
         most = max(options.rollout_steps, len(rows))
         wanted.append(dict(zip(rng.sample(range(1, most + 1), len(rows)), rows, strict=True)))
-    noised, conditioned = drawn.noised.clone(), drawn.conditioned.clone()
-    given = torch.zeros(*noised.shape, config.hidden_size, dtype=model.dtype)
+    noised, conditioned = drawn.noised.to(model.device, copy=True), drawn.conditioned.clone()
+    given = torch.zeros(*noised.shape, config.hidden_size, dtype=model.dtype, device=model.device)
     while going:
         denoise_step(model, cache.select([canvas.row for canvas in going]), going)
         for canvas in going:
             if canvas.steps in wanted[canvas.row]:
                 row = wanted[canvas.row].pop(canvas.steps)
-                noised[row], given[row], conditioned[row] = canvas.tokens.cpu(), canvas.soft.cpu(), False
+                noised[row], given[row], conditioned[row] = canvas.tokens, canvas.soft, False
         going = [canvas for canvas in going if wanted[canvas.row] and not canvas.still]
     return dataclasses.replace(drawn, noised=noised, conditioned=conditioned, given=given)

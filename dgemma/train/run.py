@@ -27,6 +27,7 @@ from dgemma.quant.modules import matrices
 from dgemma.quant.quantize import Quantization
 from dgemma.text.chat import ChatTemplate
 from dgemma.text.tokenizer import Tokenizer
+from dgemma.train.grow import grown
 from dgemma.train.log import RunLog
 from dgemma.train.loop import Run, read_state, train
 from dgemma.train.options import Recipe
@@ -65,6 +66,8 @@ def run(
     if state:
         _same(asked, state["recipe"], out)
     lm, folders = _begin(recipe, device, dtype)
+    if lm.model.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # products of float32 in TF32, as is usual in training
     weights = _trainable(lm.model, recipe)
     going = Run(lm.model, o, weights)
     if state:
@@ -102,7 +105,13 @@ def _begin(recipe: Recipe, device: str, dtype: str) -> tuple[LanguageModel, tupl
         if wish and recipe.lora is None:
             raise ValueError(FROZEN)
         lm = load(recipe.model, device, dtype, wish)
+        if recipe.layers:
+            if recipe.lora is not None:
+                raise ValueError("layers makes the model itself deeper, which an adapter cannot: leave lora out")
+            lm = dataclasses.replace(lm, model=grown(lm.model, recipe.layers))
         return lm, folders_of(resolve(recipe.model))
+    if recipe.layers:
+        raise ValueError("layers makes a trained model deeper; with scratch, config.layer_types says how deep it is")
     if recipe.quantize is not None:
         raise ValueError(f"quantize = {recipe.quantize!r} has no effect with scratch: its weights are made, not read")
     # What ships without weights, for being trained here, is not yet a model by name.
