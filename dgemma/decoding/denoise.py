@@ -93,11 +93,8 @@ def denoise_step(model: DiffusionGemma, cache: Cache, canvases: Sequence[Canvas]
     started = perf_counter()
     device, steps = model.device, [c.steps + 1 for c in canvases]
     temperatures = [c.options.temperature(c.remaining) for c in canvases]
-    states = model.denoise_states(
-        torch.stack([c.tokens for c in canvases]), cache, torch.stack([c.soft for c in canvases])
-    )
     uniform = stacked([c.noise.uniform(c.block, n) for c, n in zip(canvases, steps, strict=True)], device)
-    read = _read(model, states, torch.tensor(temperatures, device=device), uniform, canvases)
+    read = _read(model, cache, torch.tensor(temperatures, device=device), uniform, canvases)
     pinned = torch.stack([c.pinned for c in canvases])
     if any(c.endless for c in canvases):
         read = _pin(model, read, pinned, torch.stack([c.given for c in canvases]))
@@ -124,10 +121,18 @@ def denoise_step(model: DiffusionGemma, cache: Cache, canvases: Sequence[Canvas]
 
 
 def _read(
-    model: DiffusionGemma, states: Tensor, temperature: Tensor, uniform: Tensor, canvases: Sequence[Canvas]
+    model: DiffusionGemma, cache: Cache, temperature: Tensor, uniform: Tensor, canvases: Sequence[Canvas]
 ) -> vocabulary.Reading:
     """What each row believes: the rows that keep to an automaton one by one, all others together."""
     head, soft = model.embed_tokens, any(c.remaining > 1 for c in canvases)
+    tokens, believed = torch.stack([c.tokens for c in canvases]), torch.stack([c.soft for c in canvases])
+    if model.device.type == "cuda" and not any(c.guide or c.endless for c in canvases) and not model.waits:
+
+        def step(tokens: Tensor, believed: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
+            return vocabulary.read(head, model.denoise_states(tokens, cache, believed), temperature, uniform).parts
+
+        return vocabulary.Reading(*cache.replay()(step, tokens, believed, temperature, uniform))
+    states = model.denoise_states(tokens, cache, believed)
     plain = [b for b, c in enumerate(canvases) if c.guide is None]
     if len(plain) == len(canvases):
         return vocabulary.read(head, states, temperature, uniform, soft, _banned(model, canvases))

@@ -18,6 +18,7 @@ from dgemma.model.head import TiedEmbedding
 GROUP_BYTES, GROUP_ROWS = 16 << 20, 128
 """Rows multiplied at once: as many as these bytes hold, but no fewer than these rows."""
 TILE_BYTES = 2 << 20
+"""Of the tiles on a CPU; elsewhere a group is one tile."""
 BLOCK = 512
 """Probabilities are summed in blocks of this size to find a proposal without a running sum over the vocabulary."""
 
@@ -30,6 +31,11 @@ class Reading:
     entropy: Tensor
     proposal: Tensor
     soft: Tensor | None
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        assert self.soft is not None
+        return self.best, self.entropy, self.proposal, self.soft
 
     def rows(self, order: Sequence[int]) -> "Reading":
         chosen = list(order)
@@ -90,7 +96,7 @@ def weigh_(
     temperature [N, 1], uniform [N]; banned: tokens [M], bool [N, M].
     """
     size = scores.shape[1]
-    tile = max(1, min(len(scores), TILE_BYTES // (4 * size)))
+    tile = max(1, min(len(scores), TILE_BYTES // (4 * size))) if scores.is_cpu else max(1, len(scores))
     best, proposal = torch.empty_like(uniform, dtype=torch.int64), torch.empty_like(uniform, dtype=torch.int64)
     entropy, total = torch.empty_like(uniform), torch.empty_like(uniform)
     # Beyond the vocabulary, up to whole blocks, nothing has a weight.

@@ -69,8 +69,8 @@ def _tiles(x: Tensor) -> tuple[int, int, dict[str, int]]:
 
 def _rows(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, int, int]:
     """A matrix's stride by row; what has more than two dimensions is contiguous."""
-    strides = (t.stride(0) if t.dim() == 2 else t.shape[-1] for t in (gate, up))
-    return gate, up, *strides
+    apart, apart_up = (t.stride(0) if t.dim() == 2 else t.shape[-1] for t in (gate, up))
+    return gate, up, apart, apart_up
 
 
 @triton.jit

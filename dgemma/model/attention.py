@@ -37,8 +37,10 @@ class Span:
 
     def positions(self, device: torch.device) -> Tensor:
         """Of every token, int64 [rows * length]."""
-        starts = torch.tensor(self.pasts or (self.past,), device=device)
-        return (starts[:, None] + torch.arange(self.length, device=device)).expand(self.rows, -1).flatten()
+        if not self.pasts:  # without a copy to the device, which a captured graph could not hold
+            return torch.arange(self.past, self.past + self.length, device=device).repeat(self.rows)
+        starts = torch.tensor(self.pasts, device=device)
+        return (starts[:, None] + torch.arange(self.length, device=device)).flatten()
 
 
 class KeyValues(Protocol):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dgemma.config import FULL, SLIDING, ModelConfig
+from dgemma.kernels.replay import Replay
 from dgemma.model.attention import Span
 from dgemma.model.kv_formats import PLAIN, PageFormat
 
@@ -43,6 +44,7 @@ class Cache:
         self._index = [config.layer_types[:i].count(kind) for i, kind in enumerate(config.layer_types)]
         self._gathered: dict[tuple[int, int], tuple[tuple[int, ...], tuple[Tensor, Tensor]]] = {}
         self._selected: dict[tuple[int, ...], Cache] = {}
+        self._replay: tuple[list[int], Replay] | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -54,6 +56,12 @@ class Cache:
         """Bytes of the pages held; a page that rows share counts once."""
         pages = {id(p): p for row in self.rows for kind in row.pages.values() for p in kind if p is not None}
         return sum(page.nbytes for page in pages.values())
+
+    def replay(self) -> Replay:
+        """What was recorded of a step behind these rows, since they are as long as they are."""
+        if self._replay is None or self._replay[0] != self.lengths:
+            self._replay = self.lengths, Replay()
+        return self._replay[1]
 
     def select(self, rows: Sequence[int]) -> "Cache":
         """Some rows of this cache as a cache: what is encoded there is encoded here."""

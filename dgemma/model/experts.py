@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgemma.config import ModelConfig
@@ -11,6 +12,12 @@ from dgemma.model import layers
 from dgemma.model.layers import Linear, RMSNorm, linear
 
 Product = Callable[[int, Tensor], Tensor]
+
+
+def fits_grouped(*tensors: Tensor) -> bool:
+    """Whether torch multiplies all groups in one call, without the host knowing their sizes."""
+    fitting = lambda t: t.is_cuda and t.dtype == torch.bfloat16 and t.shape[-1] % 8 == 0  # noqa: E731
+    return all(isinstance(t, Tensor) and fitting(t) for t in tensors)
 
 
 class Router(nn.Module):
@@ -40,11 +47,17 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.count, 2 * self.inner, self.hidden))
         self.down_proj = nn.Parameter(torch.empty(self.count, self.hidden, self.inner))
 
+    @property
+    def waits(self) -> bool:
+        """Whether the host has to be told how many rows each expert gets, which a CUDA graph cannot."""
+        return not fits_grouped(self.gate_up_proj, self.down_proj)
+
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Weighted sum of each token's experts, [N, hidden]."""
         k = experts.shape[1]
         order = experts.flatten().argsort()
-        counts = experts.flatten().bincount(minlength=self.count)
+        counts = torch.zeros(self.count, dtype=torch.int64, device=x.device)
+        counts.scatter_add_(0, experts.flatten(), torch.ones_like(order))  # bincount would wait for a GPU
         y, places = self.sorted(x.index_select(0, order // k), counts), order.argsort()
         if elementwise.fits_inference(y) and elementwise.fits_inference(weights):
             return elementwise.weighted_sums(y, weights, places.view(-1, k))
@@ -52,6 +65,10 @@ class Experts(nn.Module):
 
     def sorted(self, rows: Tensor, counts: Tensor) -> Tensor:
         """What the experts make of rows [n, hidden] that are sorted by expert, so many for each."""
+        if fits_grouped(rows, self.gate_up_proj, self.down_proj):
+            ends = counts.cumsum(0).int()
+            gate, up = F.grouped_mm(rows, self.gate_up_proj.mT, offs=ends).chunk(2, dim=-1)
+            return F.grouped_mm(layers.gated(gate, up), self.down_proj.mT, offs=ends)
         return torch.cat(self.each(rows.split(counts.tolist())))
 
     def each(self, groups: Sequence[Tensor]) -> list[Tensor]:

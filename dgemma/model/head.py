@@ -16,9 +16,9 @@ class TiedEmbedding(nn.Embedding):
         self.cap = config.final_logit_softcapping
 
     @property
-    def scale(self) -> Tensor:
+    def scale(self) -> float:
         """sqrt(hidden), rounded to the weights' dtype as the reference does."""
-        return torch.tensor(self.embedding_dim**0.5, dtype=self.weight.dtype, device=self.weight.device)
+        return torch.tensor(self.embedding_dim**0.5, dtype=self.weight.dtype).item()
 
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(tokens) * self.scale

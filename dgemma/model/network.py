@@ -82,6 +82,11 @@ class DiffusionGemma(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
+    @property
+    def waits(self) -> bool:
+        """Whether a pass over the layers needs the host in between; a CUDA graph can hold it where not."""
+        return any(cast(Layer, layer).experts.waits for layer in self.layers)
+
     def new_cache(self, rows: int = 1) -> Cache:
         return Cache(self.config, rows, self.dtype, self.device, self.page_format)
 

@@ -20,8 +20,12 @@ def kernels() -> Any:
 
 def fits(x: Tensor, *matrices: Packed) -> bool:
     """Whether `grouped` can take these: on CUDA, without a gradient, in a format that has a kernel."""
-    fused = all(isinstance(matrix, Float8 | Int4 | Nvfp4) for matrix in matrices)
-    return fused and x.is_cuda and kernels() is not None and not (torch.is_grad_enabled() and x.requires_grad)
+    return has_kernel(*matrices) and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def has_kernel(*matrices: Packed) -> bool:
+    fused = all(isinstance(matrix, Float8 | Int4 | Nvfp4) and matrix.device.type == "cuda" for matrix in matrices)
+    return fused and kernels() is not None
 
 
 def grouped(matrix: Packed, x: Tensor, offsets: Tensor) -> Tensor:

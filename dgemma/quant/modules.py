@@ -8,7 +8,7 @@ from dgemma.model.experts import Experts, Product
 from dgemma.model.head import TiedEmbedding
 from dgemma.model.layers import gated
 from dgemma.model.network import DiffusionGemma
-from dgemma.quant.grouped import fits, grouped
+from dgemma.quant.grouped import fits, grouped, has_kernel
 from dgemma.quant.packed import Dense, Packed
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -40,6 +40,10 @@ class QuantExperts(Experts):
         nn.Module.__init__(self)
         self.count, self.hidden, self.inner = base.count, base.hidden, base.inner
         self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+
+    @property
+    def waits(self) -> bool:
+        return not has_kernel(self.gate_up_proj, self.down_proj)
 
     def sorted(self, rows: Tensor, counts: Tensor) -> Tensor:
         if not fits(rows, self.gate_up_proj, self.down_proj):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dgemma.config import FULL, ModelConfig
 from dgemma.kernels import elementwise, native
-from dgemma.model import layers
+from dgemma.model import experts, layers
 from dgemma.model.experts import Experts
 
 SHAPES = [(7, 5), (3, 4, 32), (200, 128), (130, 2816)]
@@ -99,16 +99,35 @@ def test_rotations(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtyp
 @pytest.mark.parametrize(("tokens", "k", "size"), [(3, 1, 5), (200, 4, 768), (4, 8, 3000)])
 def test_sums_of_experts(monkeypatch: pytest.MonkeyPatch, tokens: int, k: int, size: int, dtype: torch.dtype) -> None:
     config = ModelConfig(50, size, 8, 6, 9, k, 2, 1, 8, 1, 8, (FULL,), 4)
-    experts = Experts(config).to(dtype).requires_grad_(False)
-    for weight in experts.parameters():
+    modules = Experts(config).to(dtype).requires_grad_(False)
+    for weight in modules.parameters():
         weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
     weights, chosen = random(tokens, 9, seed=2).softmax(-1).topk(k)
     x = random(tokens, size, seed=3).to(dtype)
-    found = experts(x, weights, chosen)
+    found = modules(x, weights, chosen)
     monkeypatch.setattr(elementwise, "fits_inference", lambda *tensors: False)
-    plain = experts(x, weights, chosen)
+    plain = modules(x, weights, chosen)
     assert found.dtype == plain.dtype
     assert (found - plain).abs().max() < BOUND[dtype] * plain.abs().max()
+
+
+def test_experts_in_one_call_are_those_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does in bfloat16, with gradients; some experts get no token."""
+    config = ModelConfig(50, 64, 8, 24, 9, 2, 2, 1, 8, 1, 8, (FULL,), 4)
+    modules = Experts(config).bfloat16()
+    for weight in modules.parameters():
+        torch.nn.init.normal_(weight, 0, 0.1, generator=torch.Generator().manual_seed(1))
+    weights, chosen = random(20, 9, seed=2)[:, :7].softmax(-1).topk(2)
+    found = []
+    for together in (False, True):
+        monkeypatch.setattr(experts, "fits_grouped", lambda *tensors, together=together: together)
+        x = random(20, 64, seed=3).bfloat16().requires_grad_()
+        y = modules(x, weights, chosen)
+        y.backward(random(20, 64, seed=4).bfloat16())
+        found.append([y, x.grad, *(weight.grad for weight in modules.parameters())])
+        modules.zero_grad()
+    for together, apart in zip(*found, strict=True):
+        assert (together - apart).abs().max() < BOUND[torch.bfloat16] * apart.abs().max()
 
 
 def test_empty_rows_are_no_error() -> None:
