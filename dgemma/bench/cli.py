@@ -13,6 +13,7 @@ from dgemma.bench import decode as decoding
 from dgemma.bench import experts as mixing
 from dgemma.bench import full as filling
 from dgemma.bench import serve as serving
+from dgemma.bench import step as stepping
 from dgemma.bench import train as training
 from dgemma.bench import vision as seeing
 from dgemma.bench.harness import Spread
@@ -42,6 +43,7 @@ Result = TypeVar(
     filling.Result,
     mixing.Result,
     seeing.Result,
+    stepping.Result,
 )
 
 
@@ -155,6 +157,22 @@ def full(
 
 
 @app.command()
+def step(
+    shape: Shape = "mid",
+    format: Annotated[str, typer.Option(help=f"bf16, {', '.join(get_args(Format))}")] = stepping.PLAIN,
+    device: Device = "cpu",
+    prompt: Annotated[int, typer.Option(help="tokens before the canvas")] = 1024,
+    batch: Annotated[int, typer.Option(help="canvases at once")] = 1,
+    repeats: Repeats = 10,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take one denoising step by part, beside the floor: what this machine's bandwidth and matmul rate allow."""
+    run = lambda: stepping.run(shape, format, device, prompt, batch, repeats, threads, progress=_tell)  # noqa: E731
+    _report(run, show_step, as_json)
+
+
+@app.command()
 def constrain(
     tokenizer: Annotated[
         Path | None, typer.Option(help="directory of a tokenizer, such as the release's", show_default="tiny's")
@@ -231,6 +249,31 @@ def show_full(result: filling.Result) -> None:
     print(f"full: {result.shape}, {result.format}, {result.threads} threads")
     print("\n".join(f"{name:<34}{value}" for name, value in lines.items()))
     print(_measured_on(result.machine, result.versions))
+
+
+def show_step(result: stepping.Result) -> None:
+    """A line for each part, and the whole."""
+    from rich.console import Console
+    from rich.table import Table
+
+    work = f"{result.batch} canvases behind {result.prompt} tokens"
+    table = Table(title=f"step: {result.shape}, {result.format}, {result.device}, {work}")
+    for column in ("part", "GB", "GFLOP", "floor, ms", "measured, ms", "times the floor"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for name, part in result.parts.items():
+        times = f"{part.seconds / part.floor:.2f}"
+        figures = (part.bytes / 1e9, part.flops / 1e9, part.floor * 1e3, part.seconds * 1e3)
+        table.add_row(name, *map(_short, figures), times)
+    ratio = f"{result.step.median / result.floor:.2f}"
+    table.add_row("step", "", "", _short(result.floor * 1e3), _spread(result.step, 1e3), ratio)
+    console = Console()
+    console.print(table)
+    rates = ", ".join(f"{rate:.0f} at {steps} steps a canvas" for steps, rate in result.tokens_per_second.items())
+    console.print(f"tokens a second: {rates}; prefill {result.prompt * result.batch / result.prefill:.0f}")
+    told = f"copies {result.bandwidth / 1e9:.0f} GB/s, multiplies {result.rate / 1e12:.2f} TFLOP/s"
+    weights = f"weights {result.weight_bytes / 1e9:.2f} GB"
+    peak = f", peak {result.peak_bytes / 1e9:.2f} GB" if result.peak_bytes else ""
+    console.print(f"{told}; {weights}{peak}; {_measured_on(result.machine, result.versions)}")
 
 
 def show_training(result: training.Result) -> None:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from math import gcd
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -16,9 +15,6 @@ from typing import Any
 
 from dgemma.bench.harness import Side, Spread, cores, machine, peak_bytes, versions
 from dgemma.bench.shapes import SHAPES
-
-SAMPLE_ROWS = 64
-"""So many random rows are quantised, and repeated: the contents of the others cost nothing else."""
 
 
 @dataclass(frozen=True)
@@ -94,37 +90,11 @@ class Writer:
     """Makes the checkpoint; in a process of its own, whose memory goes with it."""
 
     def write(self, shape: str, format: str, directory: str) -> None:
-        import torch
-
-        from dgemma.checkpoints.empty import empty_model
+        from dgemma.bench.random import random_model
         from dgemma.checkpoints.save import save_model
         from dgemma.config import GenerationConfig
-        from dgemma.quant.modules import install
-        from dgemma.quant.packed import Packed
-        from dgemma.quant.quantize import Quantization
 
-        generator = torch.Generator().manual_seed(0)
-        wish = Quantization(format)
-        model = empty_model(SHAPES[shape].config, torch.bfloat16)
-        tensors: dict[str, torch.Tensor] = {}
-        matrices: dict[str, Packed] = {}
-        for name, tensor in model.state_dict().items():
-            if kind := wish.of(name):
-                wish.check(name, tensor.shape[-1])
-                rows = gcd(SAMPLE_ROWS, tensor.shape[-2])
-                sample = torch.empty(rows, tensor.shape[-1]).normal_(0, 0.02, generator=generator)
-                count = tensor.shape[-2] // rows
-                parts = {part: few.repeat(count, 1) for part, few in kind.encode(sample, wish.group).items()}
-                if tensor.dim() == 3:
-                    parts = {part: one.repeat(tensor.shape[0], 1, 1) for part, one in parts.items()}
-                matrices[name] = kind(tuple(tensor.shape), torch.bfloat16, **wish.options(name), **parts)
-            elif tensor.dim() > 1:
-                tensors[name] = torch.empty(tensor.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-            else:
-                fill = tensor.shape[0] ** -0.5 if name.endswith("q_norm.weight") else 1.0
-                tensors[name] = torch.full(tensor.shape, fill, dtype=torch.bfloat16)
-        model.load_state_dict(tensors, assign=True, strict=False)
-        install(model, matrices)
+        model = random_model(SHAPES[shape].config, format)
         save_model(model, directory, GenerationConfig(), max_shard_bytes=1_000_000_000)
 
 

@@ -1,6 +1,6 @@
 """A deeper network that begins as the same function, so that what was learnt is not learnt again.
 
-Source of the idea: Chen, Goodfellow and Shlens, Net2Net (arXiv 1511.05641); here the added layers copy their neighbours.
+Source of the idea: Chen, Goodfellow and Shlens, Net2Net (arXiv 1511.05641); here added layers copy their neighbours.
 """
 
 import dataclasses

@@ -28,8 +28,8 @@ ones. Elsewhere only what is equal shares a span.
 class Batch:
     """Canvases to be learnt, and the examples that they lie in.
 
-    examples: int64 [S_b] each on the CPU, prompt and clean answer; owner and start: for each canvas its example and the position
-    where it begins, int64 [R] on the CPU, canvases of one example side by side; clean: int64 [R, C];
+    examples: int64 [S_b] each on the CPU, prompt and clean answer; owner and start: for each canvas its example and
+    the position where it begins, canvases of one example side by side; clean: int64 [R, C];
     answers: (example, first token, end) of each turn that the causal loss is taken over; pictures: of each example,
     none if empty.
     """
@@ -167,7 +167,9 @@ def encode(model: DiffusionGemma, batch: Batch, causal: bool) -> tuple[Tape, Ten
     if not spans:
         return tape, None
     # What fills a row up stands behind everything that is read of it.
-    rows = [F.pad(batch.examples[e][: ends[e]], (0, length - ends[e])) for e, length in zip(order, lengths, strict=True)]
+    rows = [
+        F.pad(batch.examples[e][: ends[e]], (0, length - ends[e])) for e, length in zip(order, lengths, strict=True)
+    ]
     tokens = torch.cat(rows).to(model.device).split(lengths)
     hidden = model.stack(model.embed(tokens, pictures), spans, tape, keys_only=not causal)
     if hidden is None:
