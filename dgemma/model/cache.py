@@ -71,6 +71,11 @@ class Cache:
         if key not in self._selected:
             part = Cache(self.config, 0, self.dtype, self.device, self.format)
             part.rows = [self.rows[row] for row in rows]
+            lengths, index = tuple(self.lengths), torch.tensor(key, device=self.device)
+            for (layer, first), (gathered, pair) in self._gathered.items():
+                if first == 0 and gathered == lengths:  # all rows lie side by side already
+                    keys, values = (side.index_select(0, index) for side in pair)
+                    part._gathered[layer, 0] = tuple(part.lengths), (keys, values)
             self._selected = {key: part}
         return self._selected[key]
 

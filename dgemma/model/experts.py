@@ -15,8 +15,10 @@ Product = Callable[[int, Tensor], Tensor]
 
 
 def fits_grouped(*tensors: Tensor) -> bool:
-    """Whether torch multiplies all groups in one call, without the host knowing their sizes."""
-    fitting = lambda t: t.is_cuda and t.dtype == torch.bfloat16 and t.shape[-1] % 8 == 0  # noqa: E731
+    """Whether torch multiplies all groups in one call, without the host knowing their sizes; it does so in bfloat16."""
+    fitting = lambda t: (  # noqa: E731
+        t.is_cuda and t.shape[-1] % 8 == 0 and (t.dtype == torch.bfloat16 or torch.is_autocast_enabled("cuda"))
+    )
     return all(isinstance(t, Tensor) and fitting(t) for t in tensors)
 
 
@@ -67,8 +69,9 @@ class Experts(nn.Module):
         """What the experts make of rows [n, hidden] that are sorted by expert, so many for each."""
         if fits_grouped(rows, self.gate_up_proj, self.down_proj):
             ends = counts.cumsum(0).int()
-            gate, up = F.grouped_mm(rows, self.gate_up_proj.mT, offs=ends).chunk(2, dim=-1)
-            return F.grouped_mm(layers.gated(gate, up), self.down_proj.mT, offs=ends)
+            ups, downs = (stack.to(torch.bfloat16).mT for stack in (self.gate_up_proj, self.down_proj))
+            gate, up = F.grouped_mm(rows.to(torch.bfloat16), ups, offs=ends).chunk(2, dim=-1)
+            return F.grouped_mm(layers.gated(gate, up), downs, offs=ends)
         return torch.cat(self.each(rows.split(counts.tolist())))
 
     def each(self, groups: Sequence[Tensor]) -> list[Tensor]:

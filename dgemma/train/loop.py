@@ -193,9 +193,12 @@ def _gradients(run: Run, batch: Batch, drawn: Corruption) -> tuple[dict[str, Ten
     for first in range(0, count, size):
         part, drawn_part = _part(batch, drawn, first, min(count, first + size), o.canvases)
         part = part.to(run.model.device)
-        if o.rollout:
-            drawn_part = roll_out(run.model, part, drawn_part, o, run.step)
-        loss, causal = diffusion_loss(run.model, part, drawn_part.to(run.model.device), o.causal > 0, o.leave_one_out)
+        # Without its cache: that would hand what was cast in a pass without gradients to the one with them.
+        with torch.autocast(run.model.device.type, torch.bfloat16, enabled=o.autocast, cache_enabled=False):
+            if o.rollout:
+                drawn_part = roll_out(run.model, part, drawn_part, o, run.step)
+            drawn_part = drawn_part.to(run.model.device)
+            loss, causal = diffusion_loss(run.model, part, drawn_part, o.causal > 0, o.leave_one_out)
         total = loss.sum() / batch.clean.numel()
         if causal is not None:
             total = total + o.causal * causal.sum() / tokens

@@ -39,6 +39,7 @@ class TrainOptions:
     router: bool = option(False, "train the router too; with scratch it always is")
     vision: bool = option(False, "train the image tower too; with scratch there is none otherwise")
     checkpointing: bool = option(False, "recompute activations instead of keeping them")
+    autocast: bool = option(False, "products in bfloat16, weights and their gradients as they are; on CUDA")
     workers: int = option(0, "processes that prepare batches; 0: none but the trainer")
     seed: int = option(0, "of data order and noise", most=2**63 - 1)
     save_every: int = option(200, "steps between checkpoints", least=1)

@@ -18,7 +18,7 @@ from dgemma.config import FULL, SLIDING, ModelConfig
 from dgemma.model.network import DiffusionGemma
 from dgemma.train.data import Example, Target
 from dgemma.train.log import RunLog
-from dgemma.train.loop import Run, read_state, train
+from dgemma.train.loop import Run, _draw, _gradients, read_state, train
 from dgemma.train.optim import MuonAdam, orthogonalise
 from dgemma.train.options import TrainOptions
 from dgemma.train.sources import FileSource, Mixture
@@ -70,6 +70,26 @@ def run_to(directory: Path, options: TrainOptions, network: DiffusionGemma | Non
     with RunLog(directory, options.steps, run.step, out=open(os.devnull, "w")) as log:
         train(run, copying(), directory, log, {})
     return run
+
+
+@pytest.mark.parametrize("rollout", [0.0, 0.5])
+def test_products_in_bfloat16_leave_every_weight_its_gradient(rollout: float) -> None:
+    """Whatever passes without gradients come before: the same direction as in float32, and float32."""
+    found = []
+    for autocast in (False, True):
+        network = model()
+        options = TrainOptions(batch=16, rollout=rollout, rollout_steps=2, autocast=autocast, router=True)
+        run = Run(network, options, dict(network.named_parameters()))
+        batch, drawn = _draw(run, copying().batch(0, 16))
+        gradients, figures = _gradients(run, batch, drawn)
+        found.append((gradients, figures["loss"]))
+    (exact, loss), (cast, near) = found
+    assert near == pytest.approx(loss, rel=0.01)
+    assert near != loss
+    for name, gradient in exact.items():
+        assert cast[name].dtype == torch.float32
+        if gradient.norm() > 1e-4:
+            assert torch.cosine_similarity(cast[name].flatten(), gradient.flatten(), dim=0) > 0.9, name
 
 
 def entries(directory: Path) -> list[dict]:
