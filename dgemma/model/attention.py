@@ -149,6 +149,11 @@ def attend(
     """
     batch, heads, length, size = q.shape
     kv_heads, seen = k.shape[1:3]
+    masked = causal or beyond is not None
+    if fits_fused(q, kv_heads, masked):
+        hidden = _hidden(q, seen, 0, window, blocks, windowed) if causal else beyond
+        shown = None if hidden is None else ~hidden if causal else ~hidden[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, shown, scale=1.0, enable_gqa=heads != kv_heads)
     tile = max(1, min(length, SCORES_LIMIT // (batch * heads * seen)))
     keys = k.transpose(2, 3)
     outputs = []
@@ -158,16 +163,29 @@ def attend(
         # Query heads that share a key head lie in one matrix: the keys are never repeated.
         scores = part.reshape(batch, kv_heads, -1, size) @ keys
         if causal:
-            first = seen - length + start
-            at = torch.arange(first, first + rows, device=q.device)[:, None]
-            key = torch.arange(seen, device=q.device)
-            hidden = key > at if window is None else (key > at) | (key <= at - window)
-            for begin, end in blocks:
-                own, others = slice(max(0, begin - first), max(0, end - first)), slice(max(0, begin), end)
-                hidden[own, others] = (key[others] <= at[own] - window) if windowed and window else False
+            hidden = _hidden(part, seen, length - start - rows, window, blocks, windowed)
             grouped = scores.view(batch, kv_heads, -1, rows, seen)
             scores = grouped.masked_fill(hidden, float("-inf")).view(scores.shape)
         elif beyond is not None:
             scores = scores.masked_fill(beyond[:, None, None], float("-inf"))
         outputs.append((scores.softmax(-1) @ v).reshape(batch, heads, rows, size))
     return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+
+
+def fits_fused(q: Tensor, kv_heads: int, masked: bool) -> bool:
+    """Whether torch has one kernel for it: on CUDA, not with a mask over shared key heads, nor for the widest heads."""
+    return q.is_cuda and q.shape[3] <= 256 and (not masked or q.shape[1] == kv_heads)
+
+
+def _hidden(
+    q: Tensor, seen: int, after: int, window: int | None, blocks: Sequence[tuple[int, int]], windowed: bool
+) -> Tensor:
+    """bool [T, S]: keys that causal queries [B, H, T, D] do not see, the last of which has `after` keys behind it."""
+    first = seen - after - q.shape[2]
+    at = torch.arange(first, seen - after, device=q.device)[:, None]
+    key = torch.arange(seen, device=q.device)
+    hidden = key > at if window is None else (key > at) | (key <= at - window)
+    for begin, end in blocks:
+        own, others = slice(max(0, begin - first), max(0, end - first)), slice(max(0, begin), end)
+        hidden[own, others] = (key[others] <= at[own] - window) if windowed and window else False
+    return hidden

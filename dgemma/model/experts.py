@@ -37,7 +37,8 @@ class Router(nn.Module):
         scores = self.proj(self.norm(x) * self.scale * x.shape[-1] ** -0.5)
         weights, experts = scores.softmax(-1, dtype=torch.float32).topk(self.top_k, dim=-1)
         weights = weights / weights.sum(-1, keepdim=True)
-        return weights * self.per_expert_scale[experts], experts
+        # Not indexed: the gradient of that adds all tokens up at k of E places, one after the other.
+        return weights * self.per_expert_scale.expand(len(x), -1).gather(1, experts), experts
 
 
 class Experts(nn.Module):

@@ -85,7 +85,8 @@ class DiffusionGemma(nn.Module):
     @property
     def waits(self) -> bool:
         """Whether a pass over the layers needs the host in between; a CUDA graph can hold it where not."""
-        return torch.is_autocast_enabled(self.device.type) or any(cast(Layer, layer).experts.waits for layer in self.layers)
+        casts_kept = torch.is_autocast_enabled(self.device.type) and torch.is_autocast_cache_enabled()
+        return casts_kept or any(cast(Layer, layer).experts.waits for layer in self.layers)
 
     def new_cache(self, rows: int = 1) -> Cache:
         return Cache(self.config, rows, self.dtype, self.device, self.page_format)

@@ -18,7 +18,7 @@ from dgemma.model.attention import Span
 from dgemma.model.network import DiffusionGemma, make_spans
 from dgemma.picture import Placed, within
 
-BUCKET = {"cuda": 64}
+BUCKET = {"cuda": 128}
 """Lengths that do not differ by a multiple of this are one span, filled up and masked: a GPU is slow at many small
 ones. Elsewhere only what is equal shares a span.
 """

@@ -30,9 +30,12 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int |
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 3])
-@pytest.mark.parametrize("limit", [1, 70, 1 << 26])
+@pytest.mark.parametrize("limit", [1, 70, 1 << 26, "fused"])
 def test_attention_in_any_tiles(monkeypatch, causal, window, limit):
-    monkeypatch.setattr(attention, "SCORES_LIMIT", limit)
+    if limit == "fused":
+        monkeypatch.setattr(attention, "fits_fused", lambda *_: True)
+    else:
+        monkeypatch.setattr(attention, "SCORES_LIMIT", limit)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, n, 8, generator=generator) for heads, n in ((4, 5), (2, 9), (2, 9)))
     torch.testing.assert_close(attend(q, k, v, causal, window), plain_attention(q, k, v, causal, window))

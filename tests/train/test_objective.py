@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dgemma.checkpoints.names import released_name, stored_name
+from dgemma.model import attention
 from dgemma.train import objective
 from dgemma.train.memory import checkpoint_layers
 from dgemma.train.objective import Batch, Corruption, corrupt, diffusion_loss
@@ -92,11 +93,13 @@ def test_loss_and_gradients_equal_the_references(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(1, 6))
 @pytest.mark.parametrize("step", [5, 64])
-def test_lengths_filled_up_as_on_a_gpu_change_nothing(seed: int, step: int, monkeypatch) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_lengths_filled_up_as_on_a_gpu_change_nothing(seed: int, step: int, fused: bool, monkeypatch) -> None:
     """One mask for many lengths: the same losses and gradients as one span for each."""
     found = []
     for bucket in (1, step):
         monkeypatch.setitem(objective.BUCKET, "cpu", bucket)
+        monkeypatch.setattr(attention, "fits_fused", lambda *_, bucket=bucket: fused and bucket > 1)
         ours, _, batch, drawn = _case(seed)
         attended = _count_spans(ours)
         loss, causal = diffusion_loss(ours, batch, drawn, causal=True)
