@@ -86,6 +86,42 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
+@cache
+def has_tiles() -> bool:
+    """Whether the processor has the tile registers that `grouped_tiles` is written for, and the system allows them."""
+    found = library()
+    return found is not None and bool(found.has_tiles())
+
+
+def fits_tiles(x: Tensor, weight: Tensor) -> bool:
+    """Whether `grouped_tiles` takes rows x [n, in] and a matrix or stack [..., out, in] of bfloat16 numbers."""
+    usable = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in (x, weight))
+    learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    whole = weight.shape[-2] % 32 == 0 and weight.shape[-1] % 32 == 0
+    return usable and not learning and whole and weight.is_contiguous() and has_tiles()
+
+
+def grouped_tiles(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+    """bfloat16 [n, out] of rows x [n, in], expert e's from offsets[e] to offsets[e + 1], and weights [E, out, in]."""
+    out = x.new_empty(len(x), weight.shape[-2])
+    _call_tiles(x.contiguous(), None, offsets, (weight, None, None), out, 0)
+    return out
+
+
+def _call_tiles(
+    x: Tensor,
+    own: Tensor | None,
+    offsets: Tensor,
+    weight: tuple[Tensor, Tensor | None, Tensor | None],
+    out: Tensor,
+    groups: int,
+) -> None:
+    experts = len(offsets) - 1
+    panel = torch.empty((len(x) + 32 * experts) * x.shape[1] * x.element_size(), dtype=torch.uint8)
+    sizes = (int(own is not None), experts, out.shape[1], x.shape[1], groups)
+    call("grouped_tiles", x, own, offsets, *weight, panel, out, out.dtype, *sizes)
+
+
 def has_dot_products() -> bool:
     """Whether the processor has the instructions that `grouped_int8` is written for."""
     found = library()
@@ -101,9 +137,12 @@ def grouped_int8(x: Tensor, own: Tensor, counts: Tensor, dtype: torch.dtype, cod
     out = x.new_empty(len(x), codes.shape[-2], dtype=dtype)
     offsets = torch.zeros(len(codes) + 1, dtype=torch.int64)
     torch.cumsum(counts, 0, out=offsets[1:])
-    higher = x.contiguous().view(torch.uint8) ^ 128
     where = multiple[0] if multiple else None
     groups = multiple[0].shape[-1] if multiple else 0
+    if has_tiles() and out.shape[1] % 32 == 0 and x.shape[1] % 64 == 0:
+        _call_tiles(x.contiguous(), own, offsets, (codes, where, units.float()), out, groups)
+        return out
+    higher = x.contiguous().view(torch.uint8) ^ 128
     sizes = (len(codes), codes.shape[-2], x.shape[-1], groups)
     call("grouped_int8", higher, own, offsets, codes, where, units.float(), out, dtype, *sizes)
     return out

@@ -173,7 +173,12 @@ def attend(
 
 
 def fits_fused(q: Tensor, kv_heads: int, masked: bool) -> bool:
-    """Whether torch has one kernel for it: on CUDA, not with a mask over shared key heads, nor for the widest heads."""
+    """Whether torch has one kernel for it that is faster.
+
+    On CUDA, not with a mask over shared key heads, nor for the widest heads. On a CPU in bfloat16, without a mask.
+    """
+    if q.is_cpu:
+        return q.dtype == torch.bfloat16 and not masked and not (torch.is_grad_enabled() and q.requires_grad)
     return q.is_cuda and q.shape[3] <= 256 and (not masked or q.shape[1] == kv_heads)
 
 

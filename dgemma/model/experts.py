@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgemma.config import ModelConfig
-from dgemma.kernels import elementwise
+from dgemma.kernels import elementwise, native
 from dgemma.model import layers
 from dgemma.model.layers import Linear, RMSNorm, linear
 
@@ -68,11 +68,16 @@ class Experts(nn.Module):
 
     def sorted(self, rows: Tensor, counts: Tensor) -> Tensor:
         """What the experts make of rows [n, hidden] that are sorted by expert, so many for each."""
-        if fits_grouped(rows, self.gate_up_proj, self.down_proj):
+        stacks = (self.gate_up_proj, self.down_proj)
+        if fits_grouped(rows, *stacks):
             ends = counts.cumsum(0).int()
-            ups, downs = (stack.to(torch.bfloat16).mT for stack in (self.gate_up_proj, self.down_proj))
+            ups, downs = (stack.to(torch.bfloat16).mT for stack in stacks)
             gate, up = F.grouped_mm(rows.to(torch.bfloat16), ups, offs=ends).chunk(2, dim=-1)
             return F.grouped_mm(layers.gated(gate, up), downs, offs=ends)
+        if all(isinstance(stack, Tensor) and native.fits_tiles(rows, stack) for stack in stacks):
+            offsets = F.pad(counts.cumsum(0), (1, 0))
+            inner = layers.gated(*native.grouped_tiles(rows, offsets, self.gate_up_proj).chunk(2, dim=-1))
+            return native.grouped_tiles(inner, offsets, self.down_proj)
         return torch.cat(self.each(rows.split(counts.tolist())))
 
     def each(self, groups: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,187 @@
+/* Matrix products of rows that are sorted by expert, in the tile registers that some x86 processors have (AMX).
+
+   A tile of the weights is read as it lies in memory: 16 outputs of 64 bytes of columns. What the unit wants in another
+   order is its second factor, and that is made of x, which is small: the words of 16 tokens, transposed. So the result
+   comes out transposed too, 16 outputs by 16 tokens, and is turned back on its way to y. No copy of the weights is made,
+   and each is read from memory once. */
+
+#include "rows.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11 && defined(__linux__)
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define AMX __attribute__((target("amx-tile,amx-bf16,amx-int8,avx512f,avx512bw,avx512vl,avx512bf16")))
+
+enum { SIDE = 16, STEP = 64, PAIR = 2 * SIDE }; /* rows of a tile, its bytes a row, outputs that a thread takes */
+
+/* Whether the processor has them, and the system lets this process use them. */
+int has_tiles(void) {
+    unsigned a, b, c, d, first;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 22 & 1) + (d >> 24 & 1) + (d >> 25 & 1) < 3) return 0;
+    if (!__get_cpuid_count(7, 1, &first, &b, &c, &d) || !(first >> 5 & 1)) return 0; /* avx512_bf16 */
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+}
+
+/* Sixteen rows of sixteen words, transposed. */
+AMX static inline void transpose(__m512i *r) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) {
+            t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
+            t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; j++) {
+        r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+        r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
+    }
+}
+
+/* Words [words] of up to 16 rows of x, `stride` bytes apart, as [words, 16]; the rows that are missing are zeros. */
+AMX static void pack(const char *x, int64_t stride, int count, __m512i *out, int64_t words) {
+    for (int64_t word = 0; word < words; word += SIDE) {
+        __m512i r[SIDE];
+        for (int i = 0; i < SIDE; i++)
+            r[i] = i < count ? _mm512_loadu_si512(x + i * stride + 4 * word) : _mm512_setzero_si512();
+        transpose(r);
+        for (int i = 0; i < SIDE; i++) _mm512_storeu_si512(out + word + i, r[i]);
+    }
+}
+
+/* Of a tile of sums [16 outputs, 16 tokens] the first `count` tokens, into rows of y. */
+AMX static inline void unpack(const void *sums, int whole, const float *own, const float *unit, char *y, int wide,
+                              int64_t stride, int count) {
+    __m512i r[SIDE];
+    for (int i = 0; i < SIDE; i++) r[i] = _mm512_load_si512((const char *)sums + STEP * i);
+    transpose(r);
+    for (int i = 0; i < count; i++) {
+        __m512 values = whole ? _mm512_cvtepi32_ps(r[i]) : _mm512_castsi512_ps(r[i]);
+        if (whole) values = _mm512_mul_ps(_mm512_mul_ps(values, _mm512_set1_ps(own[i])), _mm512_loadu_ps(unit));
+        if (wide)
+            _mm512_storeu_ps(y + i * stride, values);
+        else
+            _mm256_storeu_si256((__m256i *)(y + i * stride), (__m256i)_mm512_cvtneps_pbh(values));
+    }
+}
+
+#define MULTIPLY(total, w, x) \
+    if (whole) \
+        _tile_dpbssd(total, w, x); \
+    else \
+        _tile_dpbf16ps(total, w, x)
+
+/* Sums of 32 rows of w, `stride` bytes apart, for two tiles of tokens, packed one behind the other. Meanwhile the rows
+   from `next` to `end` are fetched, which another call will need. */
+AMX static inline void multiply(const char *w, int64_t stride, const char *next, const char *end, const char *x,
+                                int64_t bytes, int whole, char *sums) {
+    const char *first = w, *second = w + SIDE * stride, *other = x + SIDE * bytes;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t at = 0; at < bytes; at += STEP) {
+        _tile_loadd(4, first + at, stride);
+        _tile_loadd(5, second + at, stride);
+        _tile_loadd(6, x + SIDE * at, STEP);
+        _tile_loadd(7, other + SIDE * at, STEP);
+        MULTIPLY(0, 4, 6);
+        MULTIPLY(1, 4, 7);
+        MULTIPLY(2, 5, 6);
+        MULTIPLY(3, 5, 7);
+        for (const char *row = next; row < end; row += stride) _mm_prefetch(row + at, _MM_HINT_T1);
+    }
+    _tile_stored(0, sums, STEP);
+    _tile_stored(1, sums + SIDE * STEP, STEP);
+    _tile_stored(2, sums + 2 * SIDE * STEP, STEP);
+    _tile_stored(3, sums + 3 * SIDE * STEP, STEP);
+}
+
+/* y [n, outs] of x [n, columns], expert e's rows from offsets[e] to offsets[e + 1], and w [experts, outs, columns].
+
+   bfloat16 numbers, or, if whole, int8 ones: of x with a scale a row, own [n], of w with units [experts, outs] or, where
+   there are groups, as w4a8 has them, with multiples. y is bfloat16 or, if wide, float32. outs are a multiple of 32,
+   columns of 64 bytes. panel: room for all rows of x and 32 more of each expert. */
+AMX void grouped_tiles(const char *x, const float *own, const int64_t *offsets, const char *w, const uint8_t *multiple,
+                       const float *units, char *panel, char *y, int wide, int64_t whole, int64_t experts,
+                       int64_t outs, int64_t columns, int64_t groups) {
+    int64_t bytes = columns * (whole ? 1 : 2), stored = groups ? columns / 2 : bytes, blocks = outs / PAIR;
+    int64_t size = wide ? 4 : 2, most = 0;
+    int64_t tiles[experts + 1];
+    for (int64_t e = 0; e < experts; e++) {
+        tiles[e] = most;
+        most += (offsets[e + 1] - offsets[e] + PAIR - 1) / PAIR * 2;
+    }
+    tiles[experts] = most;
+#pragma omp parallel
+    {
+        struct {
+            uint8_t palette, row, reserved[14];
+            uint16_t bytes[16];
+            uint8_t rows[16];
+        } config = {.palette = 1};
+        char before[64], sums[4 * SIDE * STEP] __attribute__((aligned(64)));
+        for (int i = 0; i < 8; i++) config.bytes[i] = STEP, config.rows[i] = SIDE;
+        /* Whoever else uses tiles in this thread may remember what it set. */
+        _tile_storeconfig(before);
+        _tile_loadconfig(&config);
+#pragma omp for schedule(static)
+        for (int64_t e = 0; e < experts; e++)
+            for (int64_t tile = tiles[e]; tile < tiles[e + 1]; tile++) {
+                int64_t row = offsets[e] + SIDE * (tile - tiles[e]), left = offsets[e + 1] - row;
+                int count = left < 0 ? 0 : left > SIDE ? SIDE : (int)left;
+                pack(x + row * bytes, bytes, count, (__m512i *)(panel + tile * SIDE * bytes), bytes / 4);
+            }
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t block = 0; block < experts * blocks; block++) {
+            int64_t e = block / blocks, out = block % blocks * PAIR, last = experts * blocks - 1;
+            int8_t decoded[groups ? PAIR * columns : 1];
+            const char *rows = w + (e * outs + out) * stored;
+            int64_t stride = stored;
+            if (tiles[e] == tiles[e + 1]) continue;
+            /* The next block's rows, some with each pair of tiles. */
+            int64_t pairs = (tiles[e + 1] - tiles[e]) / 2, each = (PAIR + pairs - 1) / pairs, fetched = 0;
+            int64_t ahead = block < last && !groups ? PAIR : 0;
+            if (groups) {
+                for (int64_t i = 0; i < PAIR; i++)
+                    w4a8_row((const uint8_t *)rows + i * stored, multiple + (e * outs + out + i) * groups,
+                             decoded + i * columns, stored, groups);
+                rows = (const char *)decoded, stride = columns;
+            }
+            for (int64_t tile = tiles[e]; tile < tiles[e + 1]; tile += 2) {
+                const char *tokens = panel + tile * SIDE * bytes, *next = rows + (PAIR + fetched) * stride;
+                fetched = fetched + each < ahead ? fetched + each : ahead;
+                const char *end = rows + (PAIR + fetched) * stride;
+                if (whole)
+                    multiply(rows, stride, next, end, tokens, bytes, 1, sums);
+                else
+                    multiply(rows, stride, next, end, tokens, bytes, 0, sums);
+                for (int part = 0; part < 4; part++) {
+                    int64_t row = offsets[e] + SIDE * (tile - tiles[e] + part % 2), left = offsets[e + 1] - row;
+                    int64_t o = out + part / 2 * SIDE;
+                    if (left > 0)
+                        unpack(sums + part * SIDE * STEP, (int)whole, own ? own + row : 0,
+                               units ? units + e * outs + o : 0, y + (row * outs + o) * size, wide, outs * size,
+                               left > SIDE ? SIDE : (int)left);
+                }
+            }
+        }
+        _tile_loadconfig(before);
+    }
+}
+
+#else
+
+int has_tiles(void) { return 0; }
+
+#endif
