@@ -1,5 +1,6 @@
-/* RMS norm and the gate of an MLP, forwards and backwards, rotary positions, and the sum of a token's experts, each in
-   one pass over its rows; the twins are in model/layers.py and model/experts.py. Numbers are computed in float32 and rounded once. */
+/* RMS norm and the gate of an MLP, forwards and backwards, rotary positions, the softmax of attention, and the sum of a
+   token's experts, each in one pass over its rows; the twins are in model/. Numbers are computed in float32 and rounded
+   once. */
 
 #include <math.h>
 
@@ -178,4 +179,29 @@ void weighted_sums(const void *y, const float *weights, const int64_t *places, i
 #pragma omp parallel for if (tokens * k * size > SMALL)
     for (int64_t token = 0; token < tokens; token++)
         sum_row(y, weights + token * k, places + token * k, wide, out, token * size, k, size);
+}
+
+EACH_PROCESSOR static void softmax_row(float *x, int64_t size) {
+    float tops[LANES], sums[LANES] = {0}, top = -INFINITY, total = 0;
+    int64_t whole = size / LANES * LANES;
+    for (int j = 0; j < LANES; j++) tops[j] = -INFINITY;
+    for (int64_t i = 0; i < whole; i += LANES)
+        for (int j = 0; j < LANES; j++) tops[j] = x[i + j] > tops[j] ? x[i + j] : tops[j];
+    for (int j = 0; j < LANES; j++) top = tops[j] > top ? tops[j] : top;
+    for (int64_t i = whole; i < size; i++) top = x[i] > top ? x[i] : top;
+    for (int64_t i = 0; i < whole; i += LANES)
+        for (int j = 0; j < LANES; j++) {
+            x[i + j] = power_of_two((x[i + j] - top) * 1.44269504f);
+            sums[j] += x[i + j];
+        }
+    for (int j = 0; j < LANES; j++) total += sums[j];
+    for (int64_t i = whole; i < size; i++) total += x[i] = power_of_two((x[i] - top) * 1.44269504f);
+    total = 1 / total;
+    for (int64_t i = 0; i < size; i++) x[i] *= total;
+}
+
+/* In place, over the rows of x float32 [rows, size]; what would be no normal number is 0. */
+void softmax(float *x, int64_t rows, int64_t size) {
+#pragma omp parallel for if (rows * size > SMALL)
+    for (int64_t row = 0; row < rows; row++) softmax_row(x + row * size, size);
 }

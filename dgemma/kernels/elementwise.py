@@ -1,7 +1,7 @@
 """What lies between the products of a layer, in C on a CPU and in Triton on a GPU, each where it is at hand.
 
-The twins are in `model.layers` and `model.experts`. Norm and gate have gradients, and on a GPU rotation too; else
-rotation and the sum of experts are for inference.
+The twins are in `model`. Norm and gate have gradients, and on a GPU rotation too; else
+rotation, softmax and the sum of experts are for inference.
 """
 
 from functools import cache
@@ -73,6 +73,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y = torch.empty_like(x)
     native.call("rotate", x, cos, sin, x.dtype, y, *x.shape[:2], x.shape[2] // 2)
     return y
+
+
+def softmax_(x: Tensor) -> Tensor:
+    """Over the last axis of float32 x, in its place.
+
+    Exponentials that are no normal numbers become 0: on many processors each of them takes a hundred times longer.
+    """
+    native.call("softmax", x, x[..., 0].numel(), x.shape[-1])
+    return x
 
 
 def weighted_sums(y: Tensor, weights: Tensor, places: Tensor) -> Tensor:

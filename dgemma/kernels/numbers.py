@@ -93,4 +93,4 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         return native.quantise_rows(x)
     wide = x.float()
     scale = wide.abs().amax(-1, keepdim=True).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
-    return (wide / scale).round_().to(torch.int8), scale
+    return (wide * scale.reciprocal()).round_().to(torch.int8), scale

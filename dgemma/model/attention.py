@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgemma.config import BOTH_WAYS, SLIDING, ModelConfig
+from dgemma.kernels import elementwise
 from dgemma.model import layers
 from dgemma.model.layers import Linear, RMSNorm
 
@@ -168,8 +169,14 @@ def attend(
             scores = grouped.masked_fill(hidden, float("-inf")).view(scores.shape)
         elif beyond is not None:
             scores = scores.masked_fill(beyond[:, None, None], float("-inf"))
-        outputs.append((scores.softmax(-1) @ v).reshape(batch, heads, rows, size))
+        outputs.append((_softmax(scores) @ v).reshape(batch, heads, rows, size))
     return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    if scores.dtype == torch.float32 and elementwise.fits_inference(scores):
+        return elementwise.softmax_(scores)
+    return scores.softmax(-1)
 
 
 def fits_fused(q: Tensor, kv_heads: int, masked: bool) -> bool:

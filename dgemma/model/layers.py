@@ -16,13 +16,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T.
 
     In bfloat16 on a processor with tile registers: by `kernels/tiles.c`, which leaves the weights as they lie.
-    For float32 on a CPU torch asks MKL, which on some AMD processors reaches half the rate of oneDNN and, where it was
-    measured, never much more. This asks oneDNN, which computes in float32 too; its operation has no gradient.
+    For float32 on a CPU torch asks MKL, which on some AMD processors reaches half the rate of oneDNN. This asks oneDNN,
+    which computes in float32 too; its operation has no gradient. Not where there are tile registers: such processors
+    are Intel's, and MKL, which is too, is faster with few rows there.
     """
     if native.fits_tiles(x, weight):
         rows = x.reshape(-1, x.shape[-1])
         return native.grouped_tiles(rows, torch.tensor([0, len(rows)]), weight).view(*x.shape[:-1], -1)
-    wanted = ONEDNN and weight.numel() >= ONEDNN_SIZE and not torch.is_grad_enabled()
+    wanted = ONEDNN and weight.numel() >= ONEDNN_SIZE and not torch.is_grad_enabled() and not native.has_tiles()
     if wanted and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)

@@ -52,6 +52,9 @@ class Integers(Packed):
         if not self.activations or x.device.type != "cpu":
             return super().multiply(x, at)
         rounded, own = quantise_rows(x)
+        if native.fits(x.dtype, *self.buffers()) and native.has_tiles():
+            stack = [part[None] for part in self.parts(at)]
+            return native.grouped_int8(self.arrange(rounded), own, torch.tensor([len(x)]), x.dtype, *stack)
         return self._multiply(self.arrange(rounded), own, at).to(x.dtype)
 
     def grouped(self, x: Tensor, counts: Tensor) -> Tensor:

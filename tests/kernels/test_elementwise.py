@@ -95,6 +95,21 @@ def test_rotations(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtyp
     assert (found - plain).abs().max() < BOUND[dtype] * plain.abs().max()
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (2, 5, 31), (40, 512), (3, 2, 1000)], ids=str)
+@pytest.mark.parametrize("spread", [1, 300])
+def test_softmax(shape: tuple[int, ...], spread: int) -> None:
+    """With hidden scores, and some so far below the top that nothing is left of them."""
+    scores = spread * random(*shape, seed=1)
+    scores[..., : shape[-1] // 3] = float("-inf")
+    plain = scores.double().softmax(-1)
+    found = elementwise.softmax_(scores.clone())
+    assert (found - plain).abs().max() < 1e-6
+    assert (found.sum(-1) - 1).abs().max() < 1e-5
+    assert not found[..., : shape[-1] // 3].any()
+    nonzero = found[found != 0]
+    assert (nonzero >= torch.finfo(torch.float32).tiny).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "k", "size"), [(3, 1, 5), (200, 4, 768), (4, 8, 3000)])
 def test_sums_of_experts(monkeypatch: pytest.MonkeyPatch, tokens: int, k: int, size: int, dtype: torch.dtype) -> None:

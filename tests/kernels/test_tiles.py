@@ -1,0 +1,87 @@
+"""Products in tile registers beside exact ones; where the processor has none, nothing of it runs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dgemma.config import FULL, ModelConfig
+from dgemma.kernels import native
+from dgemma.model.experts import Experts
+from dgemma.model.layers import linear
+
+pytestmark = pytest.mark.skipif(not native.has_tiles(), reason="this processor has no tile registers")
+
+COUNTS = [(0, 5, 16, 33, 64), (1,), (0, 0, 7), (200,)]
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def close(found: Tensor, exact: Tensor) -> None:
+    """One rounding of a result, and what float32 sums lose where they nearly cancel."""
+    bound = 2**-8 * exact.abs() + 1e-4 * exact.abs().max()
+    assert ((found.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize(("outs", "columns"), [(32, 32), (96, 160), (64, 2816)])
+def test_groups_of_rows_meet_their_own_matrix(counts: tuple[int, ...], outs: int, columns: int) -> None:
+    x, weight = random(sum(counts), columns, seed=1), random(len(counts), outs, columns, seed=2)
+    offsets = F.pad(torch.tensor(counts).cumsum(0), (1, 0))
+    exact = [rows.double() @ one.double().T for rows, one in zip(x.split(counts), weight, strict=True)]
+    close(native.grouped_tiles(x, offsets, weight), torch.cat(exact))
+
+
+def test_int8_rows_give_exact_sums_at_any_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for counts in COUNTS:
+        x = torch.randint(-128, 128, (sum(counts), 192), dtype=torch.int8, generator=generator)
+        codes = torch.randint(-128, 128, (len(counts), 64, 192), dtype=torch.int8, generator=generator)
+        own, units = torch.rand(len(x), 1, generator=generator), torch.rand(len(counts), 64, 1, generator=generator)
+        found = native.grouped_int8(x, own, torch.tensor(counts), torch.float32, codes, units)
+        pieces = zip(x.split(counts), own.split(counts), codes, units, strict=True)
+        exact = torch.cat([(rows.long() @ one.long().T).float() * o * u.T for rows, o, one, u in pieces])
+        assert torch.equal(found, exact)
+
+
+def test_layers_take_them_and_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    real = native.grouped_tiles
+    monkeypatch.setattr(native, "grouped_tiles", lambda *parts: taken.append(1) or real(*parts))
+    x, weight = random(2, 3, 64, seed=1), random(32, 64, seed=2)
+    close(linear(x, weight), x.double() @ weight.double().T)
+    close(linear(x.transpose(0, 1), weight), x.transpose(0, 1).double() @ weight.double().T)
+    assert len(taken) == 2
+    for other in (
+        linear(x.float(), weight.float()),
+        linear(x, weight[:31]),
+        linear(x, weight.clone().requires_grad_()),
+    ):
+        assert other.shape[:2] == x.shape[:2]
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_onednn_is_undisturbed_between_the_calls(threads: int) -> None:
+    """It sets the registers up too, and remembers that it has."""
+    torch.set_num_threads(threads)
+    x, weight, odd = random(256, 256, seed=1), random(256, 256, seed=2), random(250, 256, seed=3)
+    first = F.linear(x, odd)
+    for _ in range(20):
+        close(linear(x, weight), x.double() @ weight.double().T)
+        assert torch.equal(F.linear(x, odd), first)
+
+
+def test_experts_are_those_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(50, 64, 8, 32, 9, 2, 2, 1, 8, 1, 8, (FULL,), 4)
+    modules = Experts(config).bfloat16().requires_grad_(False)
+    for weight in modules.parameters():
+        weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    x = random(40, 64, seed=3)
+    weights, chosen = random(40, 9, seed=2).float()[:, :7].softmax(-1).topk(2)
+    found = modules(x, weights, chosen)
+    monkeypatch.setattr(native, "fits_tiles", lambda *tensors: False)
+    plain = modules(x, weights, chosen)
+    assert (found - plain).abs().max() < 0.02 * plain.abs().max()
