@@ -1,6 +1,8 @@
 """A step as one CUDA graph: a small batch's step is some thousand kernels, which take longer to launch than to run."""
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +27,29 @@ class Replay:
             self.called = True
             return function(*inputs)
         if self.graph is None:
-            self.inputs, graph = tuple(x.clone() for x in inputs), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.outputs = function(*self.inputs)
-            self.graph = graph
+            self.inputs = tuple(x.clone() for x in inputs)
+            self.graph, self.outputs = _recorded(function, self.inputs)
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
         self.graph.replay()
         return tuple(x.clone() for x in self.outputs)
+
+
+def _recorded(function: Function, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """As `torch.cuda.graph` does it, which also collects garbage and gives all free memory back, each time."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=_pool(), capture_error_mode="thread_local")
+        try:
+            outputs = function(*inputs)
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph, outputs
+
+
+@cache
+def _pool() -> Any:
+    """Where all graphs have their memory: one that is gone leaves its own to the next."""
+    return torch.cuda.graph_pool_handle()
