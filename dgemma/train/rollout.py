@@ -17,6 +17,9 @@ from dgemma.model.network import DiffusionGemma
 from dgemma.train.objective import Batch, Corruption
 from dgemma.train.options import TrainOptions
 
+FEW = {"cuda": 0.5}
+"""Share of the ways under which those at rest are left: a GPU replays a step as long as its rows are the same."""
+
 
 @torch.no_grad()
 def roll_out(model: DiffusionGemma, batch: Batch, drawn: Corruption, options: TrainOptions, step: int) -> Corruption:
@@ -50,5 +53,9 @@ def roll_out(model: DiffusionGemma, batch: Batch, drawn: Corruption, options: Tr
             if canvas.steps in wanted[canvas.row]:
                 row = wanted[canvas.row].pop(canvas.steps)
                 noised[row], given[row], conditioned[row] = canvas.tokens, canvas.soft, False
-        going = [canvas for canvas in going if wanted[canvas.row] and not canvas.still]
+            if canvas.still:
+                wanted[canvas.row].clear()
+        live = [canvas for canvas in going if wanted[canvas.row]]
+        if len(live) <= FEW.get(model.device.type, 1) * len(going):
+            going = live
     return dataclasses.replace(drawn, noised=noised, conditioned=conditioned, given=given)
