@@ -1,8 +1,6 @@
 """A step as one CUDA graph: a small batch's step is some thousand kernels, which take longer to launch than to run."""
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,16 +38,10 @@ def _recorded(function: Function, inputs: tuple[Tensor, ...]) -> tuple[torch.cud
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        graph.capture_begin(pool=_pool(), capture_error_mode="thread_local")
+        graph.capture_begin(capture_error_mode="thread_local")
         try:
             outputs = function(*inputs)
         finally:
             graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
     return graph, outputs
-
-
-@cache
-def _pool() -> Any:
-    """Where all graphs have their memory: one that is gone leaves its own to the next."""
-    return torch.cuda.graph_pool_handle()
