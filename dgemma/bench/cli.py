@@ -56,11 +56,15 @@ def decode(
     device: Device = "cpu",
     tuned: Tuned = False,
     formats: Annotated[str, typer.Option(help="this project with weights in these too: int8,fp8,…")] = "",
+    against: Annotated[
+        Path | None, typer.Option(help="another state of this project: a wheel, or a folder with dgemma/")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Decode with this project and with transformers: same random weights, same steps, same dtype."""
+    asked = [f for f in formats.split(",") if f]
     run = lambda: decoding.run(  # noqa: E731
-        shape, dtype, repeats, threads, tuned, device, [f for f in formats.split(",") if f], progress=_tell
+        shape, dtype, repeats, threads, tuned, device, asked, against, progress=_tell
     )
     _report(run, show, as_json)
 

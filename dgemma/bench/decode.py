@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dgemma.bench.harness import KEEP_FREED, Side, Spread, cores, have_transformers, machine, versions
+from dgemma.bench.harness import KEEP_FREED, Side, Spread, cores, have_transformers, machine, unpacked, versions
 from dgemma.bench.shapes import SHAPES, Shape
 
 DTYPES = {"bf16": "bfloat16", "f32": "float32"}
@@ -15,6 +15,7 @@ STEPS_A_CANVAS = (12, 16, 20)
 """Random weights never converge: tokens a second are told for these many steps, which trained models need."""
 
 OURS, THEIRS, TUNED = "dgemma", "transformers", "transformers, tuned malloc"
+OTHER = "dgemma of "
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,11 @@ def run(
     tuned: bool = False,
     device: str = "cpu",
     formats: Sequence[str] = (),
+    against: Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Result:
     """Measures decoding; `tuned` adds transformers with an allocator that gives no memory back; formats: this project
-    again with its weights quantised to each.
+    again with its weights quantised to each; against: another state of this project, a wheel or a folder with dgemma/.
 
     Without transformers only this project is measured. Raises ValueError for a value that is not known, OSError if a
     side's process ends.
@@ -80,12 +82,16 @@ def run(
     names = [OURS, *(f"{OURS}, {Quantization(format).format}" for format in formats)]
     if have_transformers(progress):
         names += [THEIRS, *([TUNED] if tuned else [])]
-    with TemporaryDirectory(prefix="dgemma-bench-") as directory:
+    with ExitStack() as stack:
+        directory = stack.enter_context(TemporaryDirectory(prefix="dgemma-bench-"))
+        other = stack.enter_context(unpacked(against)) if against else None
+        if against:
+            names.insert(1, f"{OTHER}{against.name}")
         progress(f"writing random weights: {shape}, {dtype}")
         write_weights(SHAPES[shape], DTYPES[dtype], Path(directory))
         options = {"directory": directory, "device": device, "threads": threads, "tokens": SHAPES[shape].prompt}
-        sides, ratios, equal = _measure(names, options, SHAPES[shape], repeats, dtype == "f32", progress)
-    return Result(shape, dtype, threads, repeats, machine(), versions(len(names) > 1), sides, ratios, equal)
+        sides, ratios, equal = _measure(names, options, other, SHAPES[shape], repeats, dtype == "f32", progress)
+    return Result(shape, dtype, threads, repeats, machine(), versions(THEIRS in names), sides, ratios, equal)
 
 
 def write_weights(shape: Shape, dtype: str, directory: Path) -> None:
@@ -109,7 +115,9 @@ def check(shape: str, dtype: str, repeats: int, threads: int | None) -> None:
             raise ValueError(f"{name} must be at least 1, not {count}")
 
 
-def _open(name: str, options: dict[str, Any]) -> Side:
+def _open(name: str, options: dict[str, Any], other: dict[str, str] | None) -> Side:
+    if name.startswith(OTHER):
+        return Side(name, "dgemma.bench.sides:Ours", options, other)
     if name.startswith(OURS):
         format = name.removeprefix(OURS).removeprefix(", ") or None
         return Side(name, "dgemma.bench.sides:Ours", options | {"quantize": format})
@@ -119,6 +127,7 @@ def _open(name: str, options: dict[str, Any]) -> Side:
 def _measure(
     names: list[str],
     options: dict[str, Any],
+    other: dict[str, str] | None,
     shape: Shape,
     repeats: int,
     compare: bool,
@@ -135,7 +144,7 @@ def _measure(
             for name in names:
                 if name in sides:
                     sides[name].close()
-                side = sides[name] = stack.enter_context(_open(name, options))
+                side = sides[name] = stack.enter_context(_open(name, options, other))
                 seconds[name]["start"].append(side.ready_s)
                 seconds[name]["first"].append(side.ready_s + side.ask("decode", steps=1))
         low, high = shape.steps

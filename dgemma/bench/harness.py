@@ -10,14 +10,15 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module, metadata, util
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any, Self
+from zipfile import ZipFile
 
 KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 """The environment of a side whose malloc gives no memory back."""
@@ -41,6 +42,22 @@ class Spread:
         return cls(median(values), min(values), max(values))
 
 
+@contextmanager
+def unpacked(package: Path) -> Iterator[dict[str, str]]:
+    """The environment of a side that runs another state of this project: a wheel, or a folder that holds dgemma/.
+
+    ValueError if there is none in it.
+    """
+    with tempfile.TemporaryDirectory(prefix="dgemma-bench-") as folder:
+        if package.suffix == ".whl" and package.is_file():
+            with ZipFile(package) as wheel:
+                wheel.extractall(folder)
+        root = Path(folder) if package.suffix == ".whl" else package.resolve()
+        if not (root / "dgemma" / "bench" / "sides.py").exists():
+            raise ValueError(f"{package} is no wheel of dgemma, nor a folder that holds dgemma/")
+        yield {"PYTHONPATH": str(root)}
+
+
 class Side:
     """The process of one side. `ready_s` is the time from its start until it was made."""
 
@@ -48,8 +65,9 @@ class Side:
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         started = perf_counter()
+        here = ["-P"] if "PYTHONPATH" in (env or {}) else []  # else the working directory would come before it
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "dgemma.bench.harness", target, json.dumps(dict(options))],
+            [sys.executable, *here, "-m", "dgemma.bench.harness", target, json.dumps(dict(options))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

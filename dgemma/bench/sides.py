@@ -24,13 +24,13 @@ class Common:
         """Bytes of this process, or on a GPU those of its tensors."""
         import torch
 
-        return peak_bytes() if self.device == "cpu" else torch.cuda.max_memory_allocated(self.device)
+        return peak_bytes() if self.device == "cpu" else torch.accelerator.max_memory_allocated(self.device)
 
     def _wait(self) -> None:
         import torch
 
         if self.device != "cpu":
-            torch.cuda.synchronize(self.device)
+            torch.accelerator.synchronize(self.device)
 
 
 class _Timed(Common, ABC):

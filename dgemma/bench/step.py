@@ -106,12 +106,12 @@ def run(
         threads=threads,
         prompt=prompt,
         batch=batch,
-        machine=machine() if at == "cpu" else torch.cuda.get_device_name(at),
+        machine=torch.cuda.get_device_name(at) if at.startswith("cuda") else machine(),
         versions=versions(False),
         bandwidth=bandwidth,
         rate=rate,
         weight_bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
-        peak_bytes=None if at == "cpu" else torch.cuda.max_memory_allocated(at),
+        peak_bytes=None if at == "cpu" else torch.accelerator.max_memory_allocated(at),
         prefill=prefill,
         step=step,
         floor=sum(floor.values()),
@@ -268,4 +268,4 @@ def _wait(device: str) -> None:
     import torch
 
     if device != "cpu":
-        torch.cuda.synchronize()
+        torch.accelerator.synchronize(device)

@@ -30,8 +30,8 @@ def load_model(
 ) -> DiffusionGemma:
     """The network of a directory, in eval mode, all of it in one dtype but what is quantised.
 
-    device: "auto" is cuda where there is one, else cpu. dtype: "auto" is what most of the file's floating bytes are in.
-    What the file holds quantised stays so (`dgemma.quant`). quantize: what to quantise of a file that is not, one
+    device: "auto" is cuda where there is one, else mps, else cpu. dtype: "auto" is what most of the file's floating
+    bytes are in. What the file holds quantised stays so (`dgemma.quant`). quantize: what to quantise of a file that is not, one
     matrix at a time; "int8", "fp8", "int4", "w4a8", "nvfp4", or a Quantization.
     Tensors that need no change stay memory-mapped; others are read or converted one at a time, so that beside the
     result no more than one tensor is held. Raises OSError for missing files; ValueError for damaged ones and for
@@ -113,13 +113,16 @@ def _gguf_dtype(gguf: Gguf, dtype: str | torch.dtype) -> torch.dtype:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device of a name such as "cuda:1"; "auto" is cuda where there is one, else cpu."""
+    """The device of a name such as "cuda:1"; "auto" is cuda where there is one, else Apple's mps, else cpu."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device {device!r} is not known; use 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
+        raise ValueError(f"device {device!r} is not known; use 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'") from None
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' is not there: this is no Mac with a GPU that torch can use")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device

@@ -38,7 +38,7 @@ def read_guided(
     n = guide.length
     scores = head.scores_by_token(states[0, :n])
     solved = _natively if native.fits(scores.dtype, scores) else _plainly
-    draws = uniform[0, :n].double().numpy(force=True)
+    draws = uniform[0, :n].numpy(force=True).astype(np.float64)
     best, entropy, proposal, free, total = solved(scores, head.cap, temperature, draws, guide, bound, soft)
     expected = None
     if free is not None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import exp, log
 from typing import Any
 
+from dgemma.checkpoints.load import resolve_device
 from dgemma.language_model import LanguageModel, load
 
 HUGGING_FACE = "hf:"
@@ -61,7 +62,7 @@ def _transformers(source: str, device: str, dtype: str) -> Judge:
     except ImportError:
         raise ValueError(f"the judge {HUGGING_FACE}{source} needs transformers: pip install transformers") from None
     tokenizer = AutoTokenizer.from_pretrained(source)
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    place = resolve_device(device)
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     model.to(place).eval()
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

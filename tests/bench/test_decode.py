@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +108,33 @@ def test_the_table_names_what_it_shows(capsys):
     ):
         assert word in shown
     assert "trajectories equal: no" in shown
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_another_state_of_the_project_runs_as_it_was(tmp_path, monkeypatch, capsys, packed):
+    """Its own code answers: here one that says how long a prefill takes without doing it."""
+    monkeypatch.setattr(harness.util, "find_spec", lambda name: None)
+    old = tmp_path / "old"
+    shutil.copytree(Path(decode.__file__).parents[1], old / "dgemma", ignore=shutil.ignore_patterns("embedded"))
+    sides = old / "dgemma" / "bench" / "sides.py"
+    text = sides.read_text()
+    assert "        self._encode()\n" in text
+    sides.write_text(text.replace("        self._encode()\n", "        return 123.0\n", 1))
+    if packed:
+        old = Path(shutil.make_archive(str(tmp_path / "old"), "zip", old)).rename(tmp_path / "old.whl")
+    flags = ["--shape", "small", "--repeats", "1", "--threads", "1", "--against", str(old), "--json"]
+    done = CliRunner().invoke(app, ["decode", *flags])
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(done.stdout)
+    check_figures(result, ["dgemma", f"dgemma of {old.name}"])
+    assert result["sides"][f"dgemma of {old.name}"]["prefill"]["median"] == 123
+    assert result["sides"]["dgemma"]["prefill"]["median"] < 100
+
+
+def test_what_is_no_state_of_the_project_is_refused(tmp_path):
+    done = CliRunner().invoke(app, ["decode", "--shape", "small", "--against", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "is no wheel of dgemma" in done.stderr
 
 
 def test_importing_the_commands_imports_no_torch():

@@ -252,7 +252,7 @@ def test_directories_without_a_model(make_model, saved, tmp_path):
         load_model(directory, "cpu")
 
 
-def test_unknown_dtype_and_device(make_model, saved):
+def test_unknown_dtype_and_device(make_model, saved, monkeypatch):
     directory = saved(make_model())
     with pytest.raises(ValueError, match="dtype 'int8' is not one of auto, bfloat16"):
         load_model(directory, "cpu", "int8")
@@ -261,6 +261,10 @@ def test_unknown_dtype_and_device(make_model, saved):
     with pytest.raises(ValueError, match=r"device 'cuda:99' is not there: torch sees \d CUDA"):
         load_model(directory, "cuda:99")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ValueError, match="device 'mps' is not there"):
+        load_model(directory, "mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "mps")
 
 
 def test_a_mapped_model_outlives_its_file(make_model, saved):
