@@ -31,8 +31,8 @@ def load_model(
     """The network of a directory, in eval mode, all of it in one dtype but what is quantised.
 
     device: "auto" is cuda where there is one, else mps, else cpu. dtype: "auto" is what most of the file's floating
-    bytes are in. What the file holds quantised stays so (`dgemma.quant`). quantize: what to quantise of a file that is not, one
-    matrix at a time; "int8", "fp8", "int4", "w4a8", "nvfp4", or a Quantization.
+    bytes are in. What the file holds quantised stays so (`dgemma.quant`). quantize: what to quantise of a file that is
+    not, one matrix at a time; "int8", "fp8", "int4", "w4a8", "nvfp4", or a Quantization.
     Tensors that need no change stay memory-mapped; others are read or converted one at a time, so that beside the
     result no more than one tensor is held. Raises OSError for missing files; ValueError for damaged ones and for
     tensors that are missing, unexpected, misshapen or not understood, by name.
