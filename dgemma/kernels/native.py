@@ -93,18 +93,35 @@ def has_tiles() -> bool:
     return found is not None and bool(found.has_tiles())
 
 
-def fits_tiles(x: Tensor, weight: Tensor) -> bool:
-    """Whether `grouped_tiles` takes rows x [n, in] and a matrix or stack [..., out, in] of bfloat16 numbers."""
-    usable = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in (x, weight))
+@cache
+def has_wide_vectors() -> bool:
+    """Whether the processor has the vectors that floats.c is written for."""
+    found = library()
+    return found is not None and bool(found.has_wide_vectors())
+
+
+def fits_grouped(x: Tensor, weight: Tensor) -> bool:
+    """Whether `grouped` takes rows x [n, in] and a matrix or stack [..., out, in]: without a gradient, on a processor
+    for which there is a function of their dtype.
+    """
     learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    whole = weight.shape[-2] % 32 == 0 and weight.shape[-1] % 32 == 0
-    return usable and not learning and whole and weight.is_contiguous() and has_tiles()
+    usable = x.is_cpu and weight.is_cpu and x.dtype == weight.dtype and weight.is_contiguous() and not learning
+    if not usable or weight.dtype not in _DTYPES or library() is None:
+        return False
+    if weight.dtype == torch.float32:
+        return has_wide_vectors()
+    return weight.shape[-2] % 32 == 0 and weight.shape[-1] % 32 == 0 and has_tiles()
 
 
-def grouped_tiles(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
-    """bfloat16 [n, out] of rows x [n, in], expert e's from offsets[e] to offsets[e + 1], and weights [E, out, in]."""
-    out = x.new_empty(len(x), weight.shape[-2])
-    _call_tiles(x.contiguous(), None, offsets, (weight, None, None), out, 0)
+def grouped(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+    """[n, out] of rows x [n, in], expert e's from offsets[e] to offsets[e + 1], and weights [E, out, in]; one dtype."""
+    out, x = x.new_empty(len(x), weight.shape[-2]), x.contiguous()
+    if weight.dtype == torch.bfloat16:
+        _call_tiles(x, None, offsets, (weight, None, None), out, 0)
+    else:
+        experts = len(offsets) - 1
+        panel = x.new_empty((len(x) + 16 * experts) * x.shape[1])
+        call("grouped_floats", x, offsets, weight, panel, out, experts, *weight.shape[-2:])
     return out
 
 

@@ -74,10 +74,10 @@ class Experts(nn.Module):
             ups, downs = (stack.to(torch.bfloat16).mT for stack in stacks)
             gate, up = F.grouped_mm(rows.to(torch.bfloat16), ups, offs=ends).chunk(2, dim=-1)
             return F.grouped_mm(layers.gated(gate, up), downs, offs=ends)
-        if all(isinstance(stack, Tensor) and native.fits_tiles(rows, stack) for stack in stacks):
+        if all(isinstance(stack, Tensor) and native.fits_grouped(rows, stack) for stack in stacks):
             offsets = F.pad(counts.cumsum(0), (1, 0))
-            inner = layers.gated(*native.grouped_tiles(rows, offsets, self.gate_up_proj).chunk(2, dim=-1))
-            return native.grouped_tiles(inner, offsets, self.down_proj)
+            inner = layers.gated(*native.grouped(rows, offsets, self.gate_up_proj).chunk(2, dim=-1))
+            return native.grouped(inner, offsets, self.down_proj)
         return torch.cat(self.each(rows.split(counts.tolist())))
 
     def each(self, groups: Sequence[Tensor]) -> list[Tensor]:

@@ -15,16 +15,16 @@ ONEDNN_SIZE = 1 << 16
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T.
 
-    In bfloat16 on a processor with tile registers: by `kernels/tiles.c`, which leaves the weights as they lie.
-    For float32 on a CPU torch asks MKL, which on some AMD processors reaches half the rate of oneDNN. This asks oneDNN,
-    which computes in float32 too; its operation has no gradient. Not where there are tile registers: such processors
-    are Intel's, and MKL, which is too, is faster with few rows there.
+    Where there are tile registers, by the functions of `kernels`, which leave the weights as they lie; small float32
+    matrices on other processors too. For large ones torch asks MKL there, which on some AMD processors reaches half
+    the rate of oneDNN; so this asks oneDNN, which computes in float32 too, and whose operation has no gradient.
     """
-    if native.fits_tiles(x, weight):
+    small = weight.numel() < ONEDNN_SIZE
+    if (small or native.has_tiles()) and native.fits_grouped(x, weight):
         rows = x.reshape(-1, x.shape[-1])
-        return native.grouped_tiles(rows, torch.tensor([0, len(rows)]), weight).view(*x.shape[:-1], -1)
-    wanted = ONEDNN and weight.numel() >= ONEDNN_SIZE and not torch.is_grad_enabled() and not native.has_tiles()
-    if wanted and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+        return native.grouped(rows, torch.tensor([0, len(rows)]), weight).view(*x.shape[:-1], -1)
+    wanted = ONEDNN and not small and not torch.is_grad_enabled()
+    if wanted and x.is_cpu and x.dtype == weight.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
 

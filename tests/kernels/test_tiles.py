@@ -31,7 +31,7 @@ def test_groups_of_rows_meet_their_own_matrix(counts: tuple[int, ...], outs: int
     x, weight = random(sum(counts), columns, seed=1), random(len(counts), outs, columns, seed=2)
     offsets = F.pad(torch.tensor(counts).cumsum(0), (1, 0))
     exact = [rows.double() @ one.double().T for rows, one in zip(x.split(counts), weight, strict=True)]
-    close(native.grouped_tiles(x, offsets, weight), torch.cat(exact))
+    close(native.grouped(x, offsets, weight), torch.cat(exact))
 
 
 def test_int8_rows_give_exact_sums_at_any_size() -> None:
@@ -48,14 +48,13 @@ def test_int8_rows_give_exact_sums_at_any_size() -> None:
 
 def test_layers_take_them_and_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    real = native.grouped_tiles
-    monkeypatch.setattr(native, "grouped_tiles", lambda *parts: taken.append(1) or real(*parts))
+    real = native.grouped
+    monkeypatch.setattr(native, "grouped", lambda *parts: taken.append(1) or real(*parts))
     x, weight = random(2, 3, 64, seed=1), random(32, 64, seed=2)
     close(linear(x, weight), x.double() @ weight.double().T)
     close(linear(x.transpose(0, 1), weight), x.transpose(0, 1).double() @ weight.double().T)
     assert len(taken) == 2
     for other in (
-        linear(x.float(), weight.float()),
         linear(x, weight[:31]),
         linear(x, weight.clone().requires_grad_()),
     ):
@@ -82,6 +81,6 @@ def test_experts_are_those_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     x = random(40, 64, seed=3)
     weights, chosen = random(40, 9, seed=2).float()[:, :7].softmax(-1).topk(2)
     found = modules(x, weights, chosen)
-    monkeypatch.setattr(native, "fits_tiles", lambda *tensors: False)
+    monkeypatch.setattr(native, "fits_grouped", lambda *tensors: False)
     plain = modules(x, weights, chosen)
     assert (found - plain).abs().max() < 0.02 * plain.abs().max()
