@@ -21,8 +21,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     small = weight.numel() < ONEDNN_SIZE
     if (small or native.has_tiles()) and native.fits_grouped(x, weight):
-        rows = x.reshape(-1, x.shape[-1])
-        return native.grouped(rows, torch.tensor([0, len(rows)]), weight).view(*x.shape[:-1], -1)
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        return native.grouped(rows, torch.tensor([0, len(rows)]), weight).view(*x.shape[:-1], len(weight))
     wanted = ONEDNN and not small and not torch.is_grad_enabled()
     if wanted and x.is_cpu and x.dtype == weight.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
