@@ -6,6 +6,7 @@ linked to it, and so finds the threads of torch, which has to be imported before
 
 import ctypes
 import math
+from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -117,7 +118,7 @@ def grouped(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     """[n, out] of rows x [n, in], expert e's from offsets[e] to offsets[e + 1], and weights [E, out, in]; one dtype."""
     out, x = x.new_empty(len(x), weight.shape[-2]), x.contiguous()
     if weight.dtype == torch.bfloat16:
-        _call_tiles(x, None, offsets, (weight, None, None), out, 0)
+        _call_tiles(x, offsets, Stored("bf16", weight), out)
     else:
         experts = len(offsets) - 1
         panel = x.new_empty((len(x) + 16 * experts) * x.shape[1])
@@ -125,17 +126,54 @@ def grouped(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+FORMATS = ("bf16", "w4a8", "int4", "nvfp4", "nvfp4 divided", "fp8")
+"""In the order of tiles.c; int8 numbers lie as bf16 ones do."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A stack [E, out, in] as a format stores it; scale has a row of groups for each output, factor one number."""
+
+    format: str
+    codes: Tensor
+    scale: Tensor | None = None
+    factor: Tensor | None = None
+
+    @property
+    def groups(self) -> int:
+        return 0 if self.scale is None else self.scale.shape[-1]
+
+
+def fits_stored(x: Tensor, stored: Stored) -> bool:
+    """Whether `grouped_stored` takes rows x [n, in]."""
+    parts = [part for part in (stored.codes, stored.scale, stored.factor) if part is not None]
+    usable = x.dtype == torch.bfloat16 and all(part.is_cpu and part.is_contiguous() for part in (x[:0], *parts))
+    return usable and x.shape[1] % 32 == 0 and stored.codes.shape[-2] % 32 == 0 and has_tiles()
+
+
+def grouped_stored(x: Tensor, offsets: Tensor, stored: Stored) -> Tensor:
+    """`grouped` of a packed stack: 32 rows at a time become bfloat16 in the nearest cache. Columns of x as decoded."""
+    out = x.new_empty(len(x), stored.codes.shape[-2])
+    _call_tiles(x.contiguous(), offsets, stored, out)
+    return out
+
+
 def _call_tiles(
-    x: Tensor,
-    own: Tensor | None,
-    offsets: Tensor,
-    weight: tuple[Tensor, Tensor | None, Tensor | None],
-    out: Tensor,
-    groups: int,
+    x: Tensor, offsets: Tensor, stored: Stored, out: Tensor, own: Tensor | None = None, units: Tensor | None = None
 ) -> None:
     experts = len(offsets) - 1
     panel = torch.empty((len(x) + 32 * experts) * x.shape[1] * x.element_size(), dtype=torch.uint8)
-    sizes = (int(own is not None), experts, out.shape[1], x.shape[1], groups)
+    scale = stored.scale
+    if scale is not None and scale.dtype not in (*_DTYPES, torch.uint8):
+        scale = scale.float()
+    weight = (
+        stored.codes,
+        scale,
+        scale.dtype if scale is not None else torch.float32,
+        None if stored.factor is None else stored.factor.float(),
+        units,
+    )
+    sizes = (FORMATS.index(stored.format), experts, out.shape[1], x.shape[1], stored.groups)
     call("grouped_tiles", x, own, offsets, *weight, panel, out, out.dtype, *sizes)
 
 
@@ -157,7 +195,8 @@ def grouped_int8(x: Tensor, own: Tensor, counts: Tensor, dtype: torch.dtype, cod
     where = multiple[0] if multiple else None
     groups = multiple[0].shape[-1] if multiple else 0
     if has_tiles() and out.shape[1] % 32 == 0 and x.shape[1] % 64 == 0:
-        _call_tiles(x.contiguous(), own, offsets, (codes, where, units.float()), out, groups)
+        stored = Stored("w4a8" if multiple else "bf16", codes, where)
+        _call_tiles(x.contiguous(), offsets, stored, out, own, units.float())
         return out
     higher = x.contiguous().view(torch.uint8) ^ 128
     sizes = (len(codes), codes.shape[-2], x.shape[-1], groups)

@@ -107,15 +107,38 @@ AMX static inline void multiply(const char *w, int64_t stride, const char *next,
     _tile_stored(3, sums + 3 * SIDE * STEP, STEP);
 }
 
-/* y [n, outs] of x [n, columns], expert e's rows from offsets[e] to offsets[e + 1], and w [experts, outs, columns].
+enum { PLAIN, W4A8, INT4, NVFP4, NVFP4_DIVIDED, FP8 }; /* how rows of weights are stored */
 
-   bfloat16 numbers, or, if whole, int8 ones: of x with a scale a row, own [n], of w with units [experts, outs] or, where
-   there are groups, as w4a8 has them, with multiples. y is bfloat16 or, if wide, float32. outs are a multiple of 32,
-   columns of 64 bytes. panel: room for all rows of x and 32 more of each expert. */
-AMX void grouped_tiles(const char *x, const float *own, const int64_t *offsets, const char *w, const uint8_t *multiple,
-                       const float *units, char *panel, char *y, int wide, int64_t whole, int64_t experts,
-                       int64_t outs, int64_t columns, int64_t groups) {
-    int64_t bytes = columns * (whole ? 1 : 2), stored = groups ? columns / 2 : bytes, blocks = outs / PAIR;
+/* A row of weights as numbers that tiles can be read from, int8 for w4a8 and bfloat16 for the others. */
+static void decode(int64_t format, const uint8_t *codes, const void *scale, int wide, const float *factor, int64_t row,
+                   int64_t groups, int64_t columns, void *out) {
+    float own[groups ? groups : 1];
+    const uint8_t *narrow = (const uint8_t *)scale + row * groups;
+    if (format == W4A8)
+        w4a8_row(codes, narrow, out, columns / 2, groups);
+    else if (format == NVFP4 || format == NVFP4_DIVIDED)
+        nvfp4_row(codes, narrow, factor[row], format == NVFP4_DIVIDED, out, 0, 0, columns / 2);
+    else {
+        load(scale, wide, row * groups, own, (int)groups);
+        if (format == INT4)
+            int4_row(codes, own, out, 0, 0, columns / 2, columns / 2 / groups);
+        else
+            fp8_row(codes, own[0], out, 0, 0, columns);
+    }
+}
+
+/* y [n, outs] of x [n, columns], expert e's rows from offsets[e] to offsets[e + 1], and w [experts, outs, columns] in a
+   format with scales [experts, outs, groups], float32 if wide_scale, and factors [experts, outs], as it has them.
+
+   Products are of bfloat16 numbers, or, if whole, of int8 ones: of x with a scale a row, own [n], and of w with units
+   [experts, outs]. y is bfloat16 or, if wide, float32. outs are a multiple of 32, columns of 64 bytes. panel: room for
+   all rows of x and 32 more of each expert. */
+AMX void grouped_tiles(const char *x, const float *own, const int64_t *offsets, const char *w, const void *scale,
+                       int wide_scale, const float *factor, const float *units, char *panel, char *y, int wide,
+                       int64_t format, int64_t experts, int64_t outs, int64_t columns, int64_t groups) {
+    int whole = own != 0, packed = format != PLAIN;
+    int64_t bytes = columns * (whole ? 1 : 2), blocks = outs / PAIR;
+    int64_t stored = !packed ? bytes : format == FP8 ? columns : columns / 2;
     int64_t size = wide ? 4 : 2, most = 0;
     int64_t tiles[experts + 1];
     for (int64_t e = 0; e < experts; e++) {
@@ -145,18 +168,18 @@ AMX void grouped_tiles(const char *x, const float *own, const int64_t *offsets, 
 #pragma omp for schedule(dynamic, 4)
         for (int64_t block = 0; block < experts * blocks; block++) {
             int64_t e = block / blocks, out = block % blocks * PAIR, last = experts * blocks - 1;
-            int8_t decoded[groups ? PAIR * columns : 1];
+            char decoded[packed ? PAIR * bytes : 1] __attribute__((aligned(64)));
             const char *rows = w + (e * outs + out) * stored;
             int64_t stride = stored;
             if (tiles[e] == tiles[e + 1]) continue;
             /* The next block's rows, some with each pair of tiles. */
             int64_t pairs = (tiles[e + 1] - tiles[e]) / 2, each = (PAIR + pairs - 1) / pairs, fetched = 0;
-            int64_t ahead = block < last && !groups ? PAIR : 0;
-            if (groups) {
+            int64_t ahead = block < last && !packed ? PAIR : 0;
+            if (packed) {
                 for (int64_t i = 0; i < PAIR; i++)
-                    w4a8_row((const uint8_t *)rows + i * stored, multiple + (e * outs + out + i) * groups,
-                             decoded + i * columns, stored, groups);
-                rows = (const char *)decoded, stride = columns;
+                    decode(format, (const uint8_t *)rows + i * stored, scale, wide_scale, factor, e * outs + out + i,
+                           groups, columns, decoded + i * bytes);
+                rows = decoded, stride = bytes;
             }
             for (int64_t tile = tiles[e]; tile < tiles[e + 1]; tile += 2) {
                 const char *tokens = panel + tile * SIDE * bytes, *next = rows + (PAIR + fetched) * stride;
@@ -170,7 +193,7 @@ AMX void grouped_tiles(const char *x, const float *own, const int64_t *offsets, 
                     int64_t row = offsets[e] + SIDE * (tile - tiles[e] + part % 2), left = offsets[e + 1] - row;
                     int64_t o = out + part / 2 * SIDE;
                     if (left > 0)
-                        unpack(sums + part * SIDE * STEP, (int)whole, own ? own + row : 0,
+                        unpack(sums + part * SIDE * STEP, whole, own ? own + row : 0,
                                units ? units + e * outs + o : 0, y + (row * outs + o) * size, wide, outs * size,
                                left > SIDE ? SIDE : (int)left);
                 }

@@ -38,6 +38,9 @@ class Float8(Packed):
 
     kind = "fp8"
 
+    def stored(self, at: int | None) -> native.Stored:
+        return native.Stored(self.kind, *self.parts(at))
+
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
         if native.fits(self.dtype, codes, scale):
             return native.fp8(codes, scale, self.dtype)
@@ -55,6 +58,9 @@ class Int4(Pairs):
     [out, in / group]."""
 
     kind = "int4"
+
+    def stored(self, at: int | None) -> native.Stored:
+        return native.Stored(self.kind, *self.parts(at))
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
         if native.fits(self.dtype, codes, scale):
@@ -84,6 +90,9 @@ class Nvfp4(Pairs):
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, divide: bool = True, **parts: Tensor):
         super().__init__(shape, dtype, **parts)
         self.divide = divide
+
+    def stored(self, at: int | None) -> native.Stored:
+        return native.Stored("nvfp4 divided" if self.divide else self.kind, *self.parts(at))
 
     def decode(self, codes: Tensor, scale: Tensor, factor: Tensor) -> Tensor:  # type: ignore[override]
         if native.fits(self.dtype, codes, scale, factor):

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dgemma.kernels import native
 from dgemma.model.layers import linear
 
 TILE_BYTES = 1 << 20
@@ -80,15 +82,25 @@ class Packed(nn.Module):
             return _Product.apply(x, self, at)
         return self.multiply(x, at)
 
+    def stored(self, at: int | None) -> native.Stored | None:
+        """The matrix of a stack by its number, or all of it, as `native.grouped_stored` takes it; None if it cannot."""
+        return None
+
     def multiply(self, x: Tensor, at: int | None = None) -> Tensor:
         """`product` without a gradient."""
         x = self.arrange(x)
+        stored = self.stored(at)
+        if stored and native.fits_stored(x, stored):
+            return native.grouped_stored(x, torch.tensor([0, len(x)]), stored)
         tiles = range(0, self.shape[-2], self.step)
         parts = [linear(x, self.rows(at, slice(first, first + self.step))) for first in tiles]
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
     def grouped(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [N, in], sorted so that the first counts[0] rows meet the stack's first matrix and so on, [N, out]."""
+        stored = None if torch.is_grad_enabled() and x.requires_grad else self.stored(None)
+        if stored and native.fits_stored(x, stored):
+            return native.grouped_stored(self.arrange(x), F.pad(counts.cumsum(0), (1, 0)), stored)
         parts = enumerate(x.split(counts.tolist()))
         return torch.cat([self.product(rows, at) for at, rows in parts if len(rows)])
 

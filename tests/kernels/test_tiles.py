@@ -9,6 +9,7 @@ from dgemma.config import FULL, ModelConfig
 from dgemma.kernels import native
 from dgemma.model.experts import Experts
 from dgemma.model.layers import linear
+from dgemma.quant.formats import FORMATS
 
 pytestmark = pytest.mark.skipif(not native.has_tiles(), reason="this processor has no tile registers")
 
@@ -44,6 +45,31 @@ def test_int8_rows_give_exact_sums_at_any_size() -> None:
         pieces = zip(x.split(counts), own.split(counts), codes, units, strict=True)
         exact = torch.cat([(rows.long() @ one.long().T).float() * o * u.T for rows, o, one, u in pieces])
         assert torch.equal(found, exact)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int4", "nvfp4", "nvfp4 divided"])
+def test_packed_stacks_are_their_dense_ones(kind: str) -> None:
+    """Codes become bfloat16 as the format says, scales in either width; one matrix, and one of a stack too."""
+    for counts, outs, columns, group in [((7, 0, 40), 32, 128, 32), ((1, 2, 3), 96, 2816, 128)]:
+        name = kind.partition(" ")[0]
+        weight = random(3, outs, columns, seed=1).float()
+        parts = [FORMATS[name].encode(one, group) for one in weight]
+        stacked = {part: torch.stack([each[part] for each in parts]) for part in parts[0]}
+        if name == "int4":
+            stacked["scale"] = stacked["scale"].float()
+        if kind == "nvfp4":  # as modelopt has it
+            stacked["factor"] = 1 / stacked["factor"]
+        options = {"divide": kind.endswith("divided")} if name == "nvfp4" else {}
+        stack = FORMATS[name](weight.shape, torch.bfloat16, **options, **stacked)
+        x, stored = random(sum(counts), columns, seed=2), stack.stored(None)
+        assert native.fits_stored(x, stored)
+        dense = stack.dense()
+        assert (dense - weight).square().mean() < 0.02 * weight.square().mean()
+        pieces = list(zip(x.split(counts), dense.double(), strict=True))
+        close(stack.grouped(x, torch.tensor(counts)), torch.cat([rows.double() @ one.T for rows, one in pieces]))
+        close(stack.product(x, 2), x.double() @ dense[2].double().T)
+        one = FORMATS[name](weight.shape[1:], torch.bfloat16, **options, **{k: v[1] for k, v in stacked.items()})
+        close(one.product(x), x.double() @ dense[1].double().T)
 
 
 def test_layers_take_them_and_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
