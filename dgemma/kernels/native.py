@@ -118,7 +118,7 @@ def grouped(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     """[n, out] of rows x [n, in], expert e's from offsets[e] to offsets[e + 1], and weights [E, out, in]; one dtype."""
     out, x = x.new_empty(len(x), weight.shape[-2]), x.contiguous()
     if weight.dtype == torch.bfloat16:
-        _call_tiles(x, offsets, Stored("bf16", weight), out)
+        _call_tiles(x, offsets, Stored("plain", weight), out)
     else:
         experts = len(offsets) - 1
         panel = x.new_empty((len(x) + 16 * experts) * x.shape[1])
@@ -126,8 +126,8 @@ def grouped(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-FORMATS = ("bf16", "w4a8", "int4", "nvfp4", "nvfp4 divided", "fp8")
-"""In the order of tiles.c; int8 numbers lie as bf16 ones do."""
+FORMATS = ("plain", "w4a8", "int4", "nvfp4", "nvfp4 divided", "fp8", "int8")
+"""In the order of tiles.c. Plain are bfloat16 numbers, and int8 ones that meet int8 ones."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def grouped_int8(x: Tensor, own: Tensor, counts: Tensor, dtype: torch.dtype, cod
     where = multiple[0] if multiple else None
     groups = multiple[0].shape[-1] if multiple else 0
     if has_tiles() and out.shape[1] % 32 == 0 and x.shape[1] % 64 == 0:
-        stored = Stored("w4a8" if multiple else "bf16", codes, where)
+        stored = Stored("w4a8" if multiple else "plain", codes, where)
         _call_tiles(x.contiguous(), offsets, stored, out, own, units.float())
         return out
     higher = x.contiguous().view(torch.uint8) ^ 128

@@ -107,7 +107,16 @@ AMX static inline void multiply(const char *w, int64_t stride, const char *next,
     _tile_stored(3, sums + 3 * SIDE * STEP, STEP);
 }
 
-enum { PLAIN, W4A8, INT4, NVFP4, NVFP4_DIVIDED, FP8 }; /* how rows of weights are stored */
+enum { PLAIN, W4A8, INT4, NVFP4, NVFP4_DIVIDED, FP8, INT8 }; /* how rows of weights are stored */
+
+EACH_PROCESSOR static void int8_row(const int8_t *codes, float scale, void *out, int64_t columns) {
+    float values[PIECE];
+    for (int64_t first = 0; first < columns; first += PIECE) {
+        int count = columns - first < PIECE ? (int)(columns - first) : PIECE;
+        for (int i = 0; i < count; i++) values[i] = (float)codes[first + i] * scale;
+        store(out, 0, first, values, count);
+    }
+}
 
 /* A row of weights as numbers that tiles can be read from, int8 for w4a8 and bfloat16 for the others. */
 static void decode(int64_t format, const uint8_t *codes, const void *scale, int wide, const float *factor, int64_t row,
@@ -122,6 +131,8 @@ static void decode(int64_t format, const uint8_t *codes, const void *scale, int 
         load(scale, wide, row * groups, own, (int)groups);
         if (format == INT4)
             int4_row(codes, own, out, 0, 0, columns / 2, columns / 2 / groups);
+        else if (format == INT8)
+            int8_row((const int8_t *)codes, own[0], out, columns);
         else
             fp8_row(codes, own[0], out, 0, 0, columns);
     }
@@ -138,7 +149,7 @@ AMX void grouped_tiles(const char *x, const float *own, const int64_t *offsets, 
                        int64_t format, int64_t experts, int64_t outs, int64_t columns, int64_t groups) {
     int whole = own != 0, packed = format != PLAIN;
     int64_t bytes = columns * (whole ? 1 : 2), blocks = outs / PAIR;
-    int64_t stored = !packed ? bytes : format == FP8 ? columns : columns / 2;
+    int64_t stored = !packed ? bytes : format >= FP8 ? columns : columns / 2;
     int64_t size = wide ? 4 : 2, most = 0;
     int64_t tiles[experts + 1];
     for (int64_t e = 0; e < experts; e++) {

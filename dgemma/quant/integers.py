@@ -87,6 +87,9 @@ class Int8(Integers):
         super().__init__(shape, dtype, **parts)
         self.activations = activations
 
+    def stored(self, at: int | None) -> native.Stored:
+        return native.Stored(self.kind, *self.parts(at))
+
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
         return scaled(codes.float(), scale.float(), self.dtype)
 

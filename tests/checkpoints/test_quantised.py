@@ -112,6 +112,8 @@ def plain_model(config, stored, round_activations=False):
         module = model.get_submodule(name)
         if isinstance(module, Experts):
             module.products = lambda products=module.products: around(products)
+            one_by_one = lambda rows, counts, each=module.each: torch.cat(each(rows.split(counts.tolist())))  # noqa: E731
+            module.sorted = one_by_one
         else:
             module.register_forward_pre_hook(lambda _, args: (rounded(args[0]),))
     return model

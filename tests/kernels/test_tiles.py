@@ -47,7 +47,7 @@ def test_int8_rows_give_exact_sums_at_any_size() -> None:
         assert torch.equal(found, exact)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int4", "nvfp4", "nvfp4 divided"])
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4", "nvfp4", "nvfp4 divided"])
 def test_packed_stacks_are_their_dense_ones(kind: str) -> None:
     """Codes become bfloat16 as the format says, scales in either width; one matrix, and one of a stack too."""
     for counts, outs, columns, group in [((7, 0, 40), 32, 128, 32), ((1, 2, 3), 96, 2816, 128)]:
