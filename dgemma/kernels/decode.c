@@ -25,8 +25,8 @@ static inline float e2m1(int code) {
     return code & 8 ? -size : size;
 }
 
-EACH_PROCESSOR void int4_row(const uint8_t *codes, const float *scale, void *out, int wide, int64_t at,
-                             int64_t bytes, int64_t size) {
+EACH_PROCESSOR static void int4_row(const uint8_t *codes, const float *scale, void *out, int wide, int64_t at,
+                                    int64_t bytes, int64_t size) {
     float each[PIECE], low[PIECE], high[PIECE];
     for (int64_t first = 0; first < bytes; first += PIECE) {
         int count = bytes - first < PIECE ? (int)(bytes - first) : PIECE;
@@ -41,8 +41,8 @@ EACH_PROCESSOR void int4_row(const uint8_t *codes, const float *scale, void *out
     }
 }
 
-EACH_PROCESSOR void nvfp4_row(const uint8_t *codes, const uint8_t *scale, float factor, int divide, void *out,
-                              int wide, int64_t at, int64_t bytes) {
+EACH_PROCESSOR static void nvfp4_row(const uint8_t *codes, const uint8_t *scale, float factor, int divide, void *out,
+                                     int wide, int64_t at, int64_t bytes) {
     float own[PIECE / 8], each[PIECE], low[PIECE], high[PIECE];
     for (int64_t first = 0; first < bytes; first += PIECE) {
         int count = bytes - first < PIECE ? (int)(bytes - first) : PIECE;
@@ -59,8 +59,8 @@ EACH_PROCESSOR void nvfp4_row(const uint8_t *codes, const uint8_t *scale, float 
     }
 }
 
-EACH_PROCESSOR void fp8_row(const uint8_t *codes, float scale, void *out, int wide, int64_t at,
-                            int64_t columns) {
+EACH_PROCESSOR static void fp8_row(const uint8_t *codes, float scale, void *out, int wide, int64_t at,
+                                   int64_t columns) {
     float values[PIECE];
     for (int64_t first = 0; first < columns; first += PIECE) {
         int count = columns - first < PIECE ? (int)(columns - first) : PIECE;

@@ -58,11 +58,5 @@ static inline float power_of_two(float x) {
     return x < -126 ? 0 : y * scale;
 }
 
-/* One row of codes to numbers at `at` of out, as decode.c has them: `size` bytes share a scale of int4. */
-void int4_row(const uint8_t *codes, const float *scale, void *out, int wide, int64_t at, int64_t bytes, int64_t size);
-void nvfp4_row(const uint8_t *codes, const uint8_t *scale, float factor, int divide, void *out, int wide, int64_t at,
-               int64_t bytes);
-void fp8_row(const uint8_t *codes, float scale, void *out, int wide, int64_t at, int64_t columns);
-
 /* Words of eight codes, those of all groups side by side, times the groups' multiples, to int8 [2, bytes]. */
 void w4a8_row(const uint8_t *codes, const uint8_t *multiple, int8_t *out, int64_t bytes, int64_t groups);

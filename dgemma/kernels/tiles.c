@@ -109,12 +109,75 @@ AMX static inline void multiply(const char *w, int64_t stride, const char *next,
 
 enum { PLAIN, W4A8, INT4, NVFP4, NVFP4_DIVIDED, FP8, INT8 }; /* how rows of weights are stored */
 
-EACH_PROCESSOR static void int8_row(const int8_t *codes, float scale, void *out, int64_t columns) {
-    float values[PIECE];
-    for (int64_t first = 0; first < columns; first += PIECE) {
-        int count = columns - first < PIECE ? (int)(columns - first) : PIECE;
-        for (int i = 0; i < count; i++) values[i] = (float)codes[first + i] * scale;
-        store(out, 0, first, values, count);
+/* Rows of codes as bfloat16, to the last bit what decode.c makes of them. Few bits have few values: those of a group are
+   computed once, times its scale, and looked up. */
+
+AMX static void int4(const uint8_t *codes, const float *scale, uint16_t *out, int64_t bytes, int64_t groups) {
+    const __m512 values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+    for (int64_t at = 0; at < bytes; at += SIDE) {
+        __m256i table = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(values, _mm512_set1_ps(scale[at * groups / bytes])));
+        __m256i pair = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(codes + at)));
+        __m256i low = _mm256_and_si256(pair, _mm256_set1_epi16(15)), high = _mm256_srli_epi16(pair, 4);
+        _mm256_storeu_si256((__m256i *)(out + at), _mm256_permutexvar_epi16(low, table));
+        _mm256_storeu_si256((__m256i *)(out + bytes + at), _mm256_permutexvar_epi16(high, table));
+    }
+}
+
+static float wide_e4m3[256]; /* its values; NaN codes are 480 */
+
+__attribute__((constructor)) static void fill(void) {
+    for (int code = 0; code < 256; code++) {
+        int exponent = code >> 3 & 15, normal = exponent > 0;
+        float size = (float)((code & 7) + 8 * normal) * (float)(1 << (exponent + !normal)) / 1024;
+        wide_e4m3[code] = code & 0x80 ? -size : size;
+    }
+}
+
+/* Sixteen bytes are two groups: the second one's values lie behind the first one's. */
+AMX static void nvfp4(const uint8_t *codes, const uint8_t *scale, float factor, int divide, uint16_t *out,
+                      int64_t bytes) {
+    const __m512 values = _mm512_set_ps(-6, -4, -3, -2, -1.5f, -1, -0.5f, -0.0f, 6, 4, 3, 2, 1.5f, 1, 0.5f, 0);
+    const __m256i behind = _mm256_set_epi64x(0x0010001000100010, 0x0010001000100010, 0, 0);
+    for (int64_t at = 0; at < bytes; at += SIDE) {
+        float first = wide_e4m3[scale[at / 8]], second = wide_e4m3[scale[at / 8 + 1]];
+        first = divide ? first / factor : first * factor, second = divide ? second / factor : second * factor;
+        __m256i front = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(values, _mm512_set1_ps(first)));
+        __m256i back = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(values, _mm512_set1_ps(second)));
+        __m512i table = _mm512_inserti64x4(_mm512_castsi256_si512(front), back, 1);
+        __m256i pair = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(codes + at)));
+        __m256i low = _mm256_or_si256(_mm256_and_si256(pair, _mm256_set1_epi16(15)), behind);
+        __m256i high = _mm256_or_si256(_mm256_srli_epi16(pair, 4), behind);
+        __m512i found = _mm512_permutexvar_epi16(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1), table);
+        _mm256_storeu_si256((__m256i *)(out + at), _mm512_castsi512_si256(found));
+        _mm256_storeu_si256((__m256i *)(out + bytes + at), _mm512_extracti64x4_epi64(found, 1));
+    }
+}
+
+/* The 128 magnitudes of a row times its scale, and the sign. */
+AMX static void fp8(const uint8_t *codes, float scale, uint16_t *out, int64_t columns) {
+    __m512i table[4];
+    for (int i = 0; i < 4; i++) {
+        __m256i half[2];
+        for (int j = 0; j < 2; j++)
+            half[j] = (__m256i)_mm512_cvtneps_pbh(
+                _mm512_mul_ps(_mm512_loadu_ps(wide_e4m3 + 32 * i + 16 * j), _mm512_set1_ps(scale)));
+        table[i] = _mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1);
+    }
+    for (int64_t at = 0; at < columns; at += PAIR) {
+        __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + at)));
+        __m512i few = _mm512_permutex2var_epi16(table[0], code, table[1]);
+        __m512i many = _mm512_permutex2var_epi16(table[2], code, table[3]);
+        __m512i found = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(code, _mm512_set1_epi16(64)), few, many);
+        __m512i sign = _mm512_slli_epi16(_mm512_and_si512(code, _mm512_set1_epi16(128)), 8);
+        _mm512_storeu_si512(out + at, _mm512_xor_si512(found, sign));
+    }
+}
+
+AMX static void int8(const int8_t *codes, float scale, uint16_t *out, int64_t columns) {
+    for (int64_t at = 0; at < columns; at += SIDE) {
+        __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + at))));
+        _mm256_storeu_si256((__m256i *)(out + at),
+                            (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(values, _mm512_set1_ps(scale))));
     }
 }
 
@@ -123,18 +186,18 @@ static void decode(int64_t format, const uint8_t *codes, const void *scale, int 
                    int64_t groups, int64_t columns, void *out) {
     float own[groups ? groups : 1];
     const uint8_t *narrow = (const uint8_t *)scale + row * groups;
-    if (format == W4A8)
+    if (format == W4A8) {
         w4a8_row(codes, narrow, out, columns / 2, groups);
-    else if (format == NVFP4 || format == NVFP4_DIVIDED)
-        nvfp4_row(codes, narrow, factor[row], format == NVFP4_DIVIDED, out, 0, 0, columns / 2);
-    else {
+    } else if (format == NVFP4 || format == NVFP4_DIVIDED) {
+        nvfp4(codes, narrow, factor[row], format == NVFP4_DIVIDED, out, columns / 2);
+    } else {
         load(scale, wide, row * groups, own, (int)groups);
         if (format == INT4)
-            int4_row(codes, own, out, 0, 0, columns / 2, columns / 2 / groups);
+            int4(codes, own, out, columns / 2, groups);
         else if (format == INT8)
-            int8_row((const int8_t *)codes, own[0], out, columns);
+            int8((const int8_t *)codes, own[0], out, columns);
         else
-            fp8_row(codes, own[0], out, 0, 0, columns);
+            fp8(codes, own[0], out, columns);
     }
 }
 

@@ -65,6 +65,8 @@ def test_packed_stacks_are_their_dense_ones(kind: str) -> None:
         assert native.fits_stored(x, stored)
         dense = stack.dense()
         assert (dense - weight).square().mean() < 0.02 * weight.square().mean()
+        one_hot = torch.eye(columns, dtype=torch.bfloat16)
+        assert torch.equal(stack.product(one_hot, 1), dense[1].T), "every weight to the last bit"
         pieces = list(zip(x.split(counts), dense.double(), strict=True))
         close(stack.grouped(x, torch.tensor(counts)), torch.cat([rows.double() @ one.T for rows, one in pieces]))
         close(stack.product(x, 2), x.double() @ dense[2].double().T)
