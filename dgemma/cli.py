@@ -33,7 +33,7 @@ from dgemma.flags import (
     load_checked,
     media_flags,
 )
-from dgemma.serve.cli import serve
+from dgemma.serve.cli import batch, serve
 from dgemma.terminal.attach import Content, attachments, content_of
 from dgemma.train.cli import teach, train
 
@@ -67,6 +67,7 @@ app.command("eval")(evaluate)
 app.command("eval-spans")(evaluate_spans)
 app.command("eval-formats")(evaluate_formats)
 app.command("serve")(serve)
+app.command("batch")(batch)
 app.command("infill")(infill)
 app.command("edit")(edit)
 app.command("verify")(verify)

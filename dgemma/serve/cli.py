@@ -77,3 +77,54 @@ def serve(
     service.close()
     if failed:
         raise failed[0]
+
+
+def batch(
+    requests: Annotated[Path, typer.Argument(help="JSONL file in OpenAI's batch format")],
+    out: Annotated[Path, typer.Argument(help="JSONL file of results; one that is there is continued")],
+    model: Model = "tiny",
+    rows: Annotated[int, typer.Option(min=1, help="requests in work at most")] = 16,
+    cache_gb: Annotated[float, typer.Option(min=0.001, help="GiB of keys and values of requests in work")] = 4.0,
+    time_limit: Annotated[float, typer.Option(min=0.1, help="seconds that a request may take")] = 3600.0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    kv_cache: KVCache = None,
+    name: Annotated[str | None, typer.Option(help="name of the model in the requests", show_default="MODEL")] = None,
+) -> None:
+    """Answer a file of requests, as `dgemma serve` would, without a server: exactly one result for each line.
+
+    A line of REQUESTS is {"custom_id", "method", "url", "body"}, one of OUT {"id", "custom_id", "response", "error"};
+    "default" names any model. A run that was ended goes on when it is called again. The exit code is 1 if any line of
+    this run has no answer.
+    """
+    try:
+        from dgemma.serve.app import make_app
+        from dgemma.serve.batch import answer, results
+        from dgemma.serve.service import Service
+    except ModuleNotFoundError as error:
+        raise UsageError(f"batch needs the extra: pip install 'dgemma[serve]' ({error})") from None
+    import asyncio
+
+    from dgemma.engine.scheduler import Limits
+    from dgemma.language_model import load
+
+    service = Service(name or model, Limits(rows=rows, cache_bytes=int(cache_gb * GIB)), time_limit)
+    told = [0, 0]
+
+    def tell(there: int, failed: int) -> None:
+        told[:] = there, failed
+        print(f"\r{there} answered, {failed} of them without success", end="", file=sys.stderr, flush=True)
+
+    with requests.open("rb") as lines, results(out) as (file, done):
+        told[0] = len(done)
+        service.open(load(model, device, dtype, quantize, kv_cache))
+        try:
+            asyncio.run(answer(make_app(service, quiet=True), lines, file, done, rows, tell))
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        finally:
+            service.close()
+            print(f"\r{told[0]} results are in {out}, {told[1]} new ones without success", file=sys.stderr)
+    if told[1]:
+        raise typer.Exit(1)
