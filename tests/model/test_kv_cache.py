@@ -188,6 +188,24 @@ def test_select_encodes_into_the_same_rows(model):
     assert cache.select([0, 1, 2]) is cache
 
 
+def test_some_rows_of_what_was_read_are_not_gathered_again(model, monkeypatch):
+    """A batch that loses a row at every step reads its pages once; a row that has grown since is read anew."""
+    prompts = [prompt(20, seed) for seed in range(4)]
+    cache = encoded(model, *prompts)
+    canvas = tokens((4, CONFIG.canvas_length), CONFIG.vocab_size, 9)
+    whole = model.denoise(canvas, cache)
+    gathered = []
+    joined = Cache._joined
+    monkeypatch.setattr(Cache, "_joined", lambda *a: gathered.append(1) or joined(*a))
+    for rows in ([0, 1, 3], [1, 3], [3]):
+        torch.testing.assert_close(model.denoise(canvas[rows], cache.select(rows)), whole[rows], atol=2e-5, rtol=2e-5)
+    assert not gathered
+    model.encode([torch.tensor([]), torch.tensor([]), torch.tensor([]), prompt(3, 5)], cache)
+    alone = encoded(model, torch.cat((prompts[3], prompt(3, 5))))
+    found = model.denoise(canvas[[1, 3]], cache.select([1, 3]))
+    torch.testing.assert_close(found[1:], model.denoise(canvas[3:], alone), atol=2e-5, rtol=2e-5)
+
+
 def test_wrong_numbers_of_rows_are_named(model):
     cache = encoded(model, prompt(4))
     with pytest.raises(ValueError, match="encode got 2 rows of tokens for a cache of 1"):
