@@ -95,9 +95,9 @@ def run(
         prefill = bench.prefill()
         step = Spread.of([bench.step() for _ in range(repeats + 3)][3:])
         alone = {name: bench.alone(part, repeats) for name, part in bench.parts().items()}
-    costs = _costs(model, prompt, batch)
-    floor = {name: max(bytes / bandwidth, flops / rate) for name, (bytes, flops) in costs.items()}
-    parts = {name: Part(*costs[name], alone[name], floor[name]) for name in costs}
+    needed = costs(model, prompt, batch)
+    floor = {name: max(bytes / bandwidth, flops / rate) for name, (bytes, flops) in needed.items()}
+    parts = {name: Part(*needed[name], alone[name], floor[name]) for name in needed}
     canvas = batch * config.canvas_length
     return Result(
         shape=shape,
@@ -146,7 +146,7 @@ class _Bench:
         return self._timed(lambda: denoise_step(self.model, self.cache, self.canvases))
 
     def parts(self) -> dict[str, "Callable[[Tensor], tuple[Tensor, ...]]"]:
-        """Of final states [batch * canvas, hidden]; the names are those of `_costs`."""
+        """Of final states [batch * canvas, hidden]; the names are those of `costs`."""
         import torch
 
         from dgemma.decoding.vocabulary import read
@@ -187,18 +187,22 @@ class _Bench:
         return perf_counter() - started
 
 
-def _costs(model: "DiffusionGemma", prompt: int, batch: int) -> dict[str, tuple[float, float]]:
-    """Bytes and operations of each part of a step: every weight read once, of the experts those that are expected."""
+def costs(model: "DiffusionGemma", prompt: int, batch: int, length: int = 0) -> dict[str, tuple[float, float]]:
+    """Bytes and operations of each part of a step: every weight read once, of the experts those that are expected.
+
+    length: tokens of each row, a canvas if 0. The weights may be on the meta device.
+    """
     from dgemma.model.network import Layer
 
     config = model.config
-    rows = batch * config.canvas_length
+    length = length or config.canvas_length
+    rows = batch * length
     attention = dense = experts = [0.0, 0.0]
     for i, (kind, layer) in enumerate(zip(config.layer_types, cast(list[Layer], list(model.layers)), strict=True)):
         seen = prompt - config.first_reached(kind, prompt)
         size, own = config.head_size(i), config.kv_heads(i)
         elements = batch * seen * 2 * own * size
-        scores = 4 * rows * (seen + config.canvas_length) * config.num_attention_heads * size
+        scores = 4 * rows * (seen + length) * config.num_attention_heads * size
         projections = [module for name, module in layer.self_attn.named_children() if name.endswith("_proj")]
         attention = _sum(attention, _bytes(projections) + 2 * elements, 2 * rows * _elements(projections) + scores)
         dense = _sum(dense, _bytes([layer.mlp]), 2 * rows * _elements([layer.mlp]))
