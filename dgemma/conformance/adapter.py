@@ -1,4 +1,4 @@
-"""What an engine has to do to be held against the golden results, and what it is asked. Importing this imports no torch.
+"""What an engine has to do to be held against the golden results, and what it is asked. It needs no torch.
 
 Shapes: C = canvas, V = vocabulary, S = steps of a block, K = key/value heads, D = head size, R = cached tokens that a
 layer can still reach: all of them in a full layer, the last `sliding_window` - 1 in a sliding one.

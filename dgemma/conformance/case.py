@@ -1,4 +1,4 @@
-"""Cases and their golden results in files, and what an engine gave beside them. Importing this imports no torch.
+"""Cases and their golden results in files, and what an engine gave beside them. It needs no torch.
 
 An outcome is an ordered dict from places, such as "row 0 block 1 step 3 canvas", to arrays.
 """
@@ -122,7 +122,9 @@ def differing(right: np.ndarray, found: np.ndarray) -> str:
     at = np.unravel_index(off.argmax(), off.shape)
     if off[at] <= TOLERANCE * scale:
         return ""
-    return f"is off by {off[at] / scale:.1e} at {', '.join(map(str, map(int, at)))}: {found[at]:.5g} for {right[at]:.5g}"
+    return (
+        f"is off by {off[at] / scale:.1e} at {', '.join(map(str, map(int, at)))}: {found[at]:.5g} for {right[at]:.5g}"
+    )
 
 
 # ---- files
@@ -140,7 +142,7 @@ def write(case: Case, folder: Path) -> None:
         prompts.append({"pieces": prompt.pieces, **({"pictures": pictures} if pictures else {})})
     for r, noise in enumerate(case.noise):
         tensors |= {f"row {r} {name}": array for name, array in asdict(noise).items()}
-    if case.kind == "encode":
+    if case.kind != "generate":
         tensors["canvas"] = case.canvas
     if case.previous is not None:
         tensors["previous"] = case.previous
@@ -169,7 +171,7 @@ def read(path: Path) -> Case:
             for i, p in enumerate(given.get("pictures", ()))
         )
         prompts.append(Prompt(tuple(map(tuple, given["pieces"])), pictures))
-    noise = ()
+    noise: tuple[Recorded, ...] = ()
     if values["kind"] == "generate":
         noise = tuple(
             Recorded(*(tensors[f"row {r} {name}"] for name in ("canvas", "renoise", "uniform")))

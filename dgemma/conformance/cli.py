@@ -4,11 +4,14 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dgemma.flags import UsageError
+
+if TYPE_CHECKING:
+    from dgemma.conformance.adapter import Adapter
 
 OURS = "dgemma.conformance.ours:Dgemma"
 
@@ -30,6 +33,7 @@ def conformance(
     import torch
 
     from dgemma.conformance.run import check, suspects
+    from dgemma.conformance.traps import TRAPS
 
     torch.set_num_threads(1)  # the networks are tiny: a second thread only waits
     findings = []
@@ -52,20 +56,16 @@ def conformance(
     else:
         print(f"\n{len(findings) - len(wrong)} of {len(findings)} cases are right")
         for suspect in named:
-            from dgemma.conformance.traps import TRAPS
-
-            known = TRAPS.get(suspect.trap)
-            why = f": {known.__doc__}" if known else ""
+            why = f": {TRAPS[suspect.trap].__doc__}" if suspect.trap in TRAPS else ""
             but = f"; it should also show in {', '.join(suspect.missing)}" if suspect.missing else ""
-            print(f"looks like {suspect.trap}{why} (explains {len(suspect.cases)} of {len(wrong)}{but})")
-        for finding in wrong:
-            if not finding.looks_like:
-                print(f"unexplained: {finding.case.name} ({finding.case.about})")
+            print(f"looks like {suspect.trap}{why} ({len(suspect.cases)} of {len(wrong)}{but})")
+        if unexplained := [finding.case.name for finding in wrong if not finding.looks_like]:
+            print(f"like no mistake that is on record: {', '.join(unexplained)}")
     if wrong:
         raise typer.Exit(1)
 
 
-def adapter_of(name: str):
+def adapter_of(name: str) -> "Adapter":
     """An instance of MODULE:CLASS, which may lie in the current directory."""
     module, _, kind = name.partition(":")
     if not module or not kind:

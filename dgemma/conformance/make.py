@@ -38,6 +38,8 @@ from dgemma.picture import Patches, Placed
 MARGIN = 2e-4
 """The least distance of any decision from the other side, in nats, probability or scaled logits."""
 SEEDS = 400
+"""Tried for a case at most."""
+RIGHT = "right"
 
 WINDOW = ModelConfig(
     vocab_size=48,
@@ -95,6 +97,11 @@ LONG = replace(
 CHECKPOINTS = {"window": WINDOW, "global": GLOBAL, "lively": LIVELY, "pictures": PICTURES, "long": LONG}
 LOUD = ("lively",)
 """Checkpoints whose canvases never settle: self-conditioning is strong. In the others rounding dies out."""
+QUIET = {
+    "self_conditioning.down_proj.weight": 0.1,
+    "post_attention_layernorm.weight": 0.6,
+    "post_feedforward_layernorm.weight": 0.6,
+}
 DEFAULTS = GenerationConfig(
     max_new_tokens=24,
     max_denoising_steps=14,
@@ -120,10 +127,9 @@ class Plan:
     traps: tuple[str, ...] = ()
 
 
-def trap(name: str, *args: Any, **given: Any) -> Plan:
+def trap(name: str, checkpoint: str, kind: str, prompts: tuple[tuple[int, ...], ...] = ((9,),), **given: Any) -> Plan:
     """A case that is named after the trap it is for."""
-    assert TRAPS[name].__doc__
-    return Plan(name, f"wrong: {TRAPS[name].__doc__}", *args, traps=(name,), **given)
+    return Plan(name, f"wrong if {TRAPS[name].__doc__}", checkpoint, kind, prompts, traps=(name,), **given)
 
 
 PADDED = ((3,), (14,), (9,))
@@ -174,7 +180,7 @@ PLANS = [
 ]
 MEMORY = Plan(
     "prefill_masks_materialised",
-    "wrong: scores or a mask of a long prompt are made in one piece",
+    "wrong if scores or a mask of a long prompt are made in one piece",
     "long",
     "memory",
     ((12288,),),
@@ -192,24 +198,21 @@ def checkpoint(name: str, directory: Path) -> None:
 @torch.no_grad()
 def fill(model: DiffusionGemma, seed: int, loud: bool) -> None:
     draws = np.random.Generator(np.random.Philox(key=1000 + seed))
+    order = np.random.Generator(np.random.Philox(key=3)).permutation(model.config.vocab_size)
     for name, tensor in model.state_dict().items():
         uniform = torch.from_numpy(draws.random(tuple(tensor.shape)))
-        if name == "embed_tokens.weight":
-            deviation = 1.0
+        if tensor.dim() > 1:
+            deviation = 1.0 if name == "embed_tokens.weight" else tensor.shape[-1] ** -0.5
+            values = (2 * uniform - 1) * math.sqrt(3) * deviation
         else:
-            deviation = tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 0.0
-        tensor.copy_((2 * uniform - 1) * math.sqrt(3) * deviation if deviation else 0.5 + 0.9 * uniform)
-    if loud:
-        return
-    # A position mostly believes its own token, the more so the longer that token's embedding is: doubtful ones are
-    # drawn anew until they fit, and canvases settle one by one.
-    size = model.config.vocab_size
-    order = torch.from_numpy(np.random.Generator(np.random.Philox(key=3)).permutation(size))
-    model.embed_tokens.weight.mul_(torch.linspace(0.3, 0.75, size)[order][:, None])
-    model.self_conditioning.down_proj.weight.mul_(0.1)
-    for layer in model.layers:
-        layer.post_attention_layernorm.weight.mul_(0.6)
-        layer.post_feedforward_layernorm.weight.mul_(0.6)
+            values = 0.5 + 0.9 * uniform
+        if not loud:
+            # A position mostly believes its own token, the more so the longer that token's embedding is: doubtful ones
+            # are drawn anew until they fit, and canvases settle one by one.
+            if name == "embed_tokens.weight":
+                values *= torch.linspace(0.3, 0.75, len(order))[torch.from_numpy(order)][:, None]
+            values *= next((factor for end, factor in QUIET.items() if name.endswith(end)), 1.0)
+        tensor.copy_(values)
 
 
 def drafted(plan: Plan, seed: int) -> Case:
@@ -249,7 +252,8 @@ def text(config: ModelConfig, length: int, row: int, seed: int) -> tuple[int, ..
 
 def with_picture(prompt: Prompt, plan: Plan, config: ModelConfig, seed: int) -> Prompt:
     """The picture, so many soft tokens high and wide, between the first piece and the second."""
-    assert config.vision and config.image_token_id
+    assert config.vision
+    assert config.image_token_id
     rows, columns = plan.picture
     k = config.vision.pooling_kernel_size
     shape = (rows * columns * k * k, 3 * config.vision.patch_size**2)
@@ -286,7 +290,8 @@ def clear(golden: Outcome, place: str, found: np.ndarray) -> bool:
 
 def cases(data: Path) -> Iterator[Case]:
     """All cases of the checkpoints in a directory."""
-    engines = {name: {n: t() for n, t in {"": Plain, **TRAPS}.items()} for name in CHECKPOINTS if name != "long"}
+    kinds: dict[str, type[Plain]] = {RIGHT: Plain, **TRAPS}
+    engines = {name: {n: kind() for n, kind in kinds.items()} for name in CHECKPOINTS if name != MEMORY.checkpoint}
     for name, some in engines.items():
         for engine in some.values():
             engine.load(data / name)
@@ -294,14 +299,15 @@ def cases(data: Path) -> Iterator[Case]:
         own = engines[plan.checkpoint]
         yield next(found for seed in range(i * SEEDS, (i + 1) * SEEDS) if (found := settled(plan, seed, own)))
     tokens = text(LONG, sum(MEMORY.prompts[0]), 0, 0)
-    most = len(tokens) ** 2 // 2
-    yield Case(MEMORY.name, MEMORY.about, MEMORY.checkpoint, "memory", (Prompt((tokens,)),), most=most)
+    prompt, canvas = Prompt((tokens,)), np.zeros((1, LONG.canvas_length), np.int64)
+    case = Case(MEMORY.name, MEMORY.about, MEMORY.checkpoint, MEMORY.kind, (prompt,), most=len(tokens) ** 2 // 2)
+    yield replace(case, canvas=canvas)
 
 
 def settled(plan: Plan, seed: int, engines: dict[str, Plain]) -> Case | None:
     """The case of a seed, if it will do."""
     case = drafted(plan, seed)
-    right = engines[""]
+    right = engines[RIGHT]
     right.margin = math.inf
     golden = outcome(right, case)
     # What other machines round otherwise must not decide anything.

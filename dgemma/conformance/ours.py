@@ -74,8 +74,10 @@ class Dgemma:
                 steps[event.row][-1].append(event)
             elif isinstance(event, events.Block):
                 done = steps[event.row][-1]
-                columns = ([getattr(step, name).numpy() for step in done] for name in ("best", "canvas", "entropy"))
-                answers[event.row].blocks.append(Block(*map(np.stack, columns), event.converged))
+                best, canvas, entropy = (
+                    np.stack([getattr(step, name).numpy() for step in done]) for name in ("best", "canvas", "entropy")
+                )
+                answers[event.row].blocks.append(Block(best, canvas, entropy, event.converged))
             elif isinstance(event, events.Finished):
                 answers[event.row].tokens = event.tokens
         return answers
@@ -93,7 +95,8 @@ class Dgemma:
     def _shown(self, cache: Cache, row: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Keys and values that each layer can reach."""
         keys, values = [], []
-        one = cache.select([row])
+        one = Cache(cache.config, 0, cache.dtype, cache.device, cache.format)
+        one.rows = [cache.rows[row]]
         for layer in range(self.model.config.num_hidden_layers):
             pair = one.read(layer, Span(0, 1, self.model.config.canvas_length, one.lengths[0], causal=False))
             assert pair is not None

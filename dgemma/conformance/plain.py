@@ -144,11 +144,12 @@ class Plain:
         return (gelu(x @ gate.T, approximate="tanh") * (x @ up.T)) @ down.T
 
     def experts(self, layer: int, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        ups, downs = self.w(layer, "experts.gate_up_proj"), self.w(layer, "experts.down_proj")
+        gates, ups = self.w(layer, "experts.gate_up_proj").chunk(2, dim=1)
+        downs = self.w(layer, "experts.down_proj")
         rows = []
         for i in range(len(x)):
             parts = zip(weights[i], chosen[i].tolist(), strict=True)
-            rows.append(sum((w * self.mlp(x[i], *ups[e].chunk(2), downs[e]) for w, e in parts), torch.zeros(())))
+            rows.append(sum((w * self.mlp(x[i], gates[e], ups[e], downs[e]) for w, e in parts), torch.zeros(())))
         return torch.stack(rows)
 
     def routed(self, layer: int, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +161,9 @@ class Plain:
         self.margin = min(self.margin, 10 * float((weights[:, -1] - others).min()))
         return weights / weights.sum(-1, keepdim=True) * self.w(layer, "router.per_expert_scale")[chosen], chosen
 
-    def layer(self, i: int, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor, sees: Tensor, causal: bool):
+    def layer(
+        self, i: int, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor, sees: Tensor, causal: bool
+    ) -> Tensor:
         norm = lambda y, name: self.norm(y, self.w(i, f"{name}.weight"))  # noqa: E731
         attended = self.attention(i, norm(x, "input_layernorm"), positions, keys, values, sees)
         h = x + norm(attended, "post_attention_layernorm")
@@ -248,7 +251,8 @@ class Plain:
     ) -> list[Encoded]:
         self.caches.clear()
         rows = [self.row(Request(prompt, {}, NO_NOISE), shared) for prompt in prompts]
-        self.arrange(rows)
+        if not shared:
+            self.arrange(rows)
         found = []
         for i, row in enumerate(rows):
             cache = self.prefix(rows, i, shared)
@@ -356,7 +360,7 @@ class Plain:
         return torch.zeros_like(order, dtype=torch.bool).scatter(0, order, before <= bound)
 
     def is_still(self, best: Tensor, earlier: list[Tensor], mean: float, options: GenerationConfig) -> bool:
-        """The best canvas equals those of the `stability_threshold` steps before this one, and the mean entropy is low."""
+        """The best canvas equals those of the `stability_threshold` steps before, and the mean entropy is low."""
         wanted = options.stability_threshold
         same = len(earlier) >= wanted and all(torch.equal(best, old) for old in earlier[len(earlier) - wanted :])
         return same and mean < options.confidence_threshold
@@ -420,7 +424,6 @@ GATED = ("gate", "up", "down")
 NO_NOISE = Recorded(np.empty(0), np.empty(0), np.empty(0))
 
 
-
 def single(x: Tensor) -> np.ndarray:
     return x.float().numpy()
 
@@ -441,4 +444,3 @@ def margin(
     if 0 < count < len(ascending):
         distances.append(ascending[count] - ascending[count - 1])
     return min(map(float, distances))
-

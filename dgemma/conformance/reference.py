@@ -17,7 +17,7 @@ from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.conformance.adapter import Answer, Block, Encoded, Prompt, Request
 from dgemma.conformance.ours import Replayed
 from dgemma.decoding.noise import Noise
-from dgemma.picture import Placed
+from dgemma.picture import Picture
 
 TOWER = {
     "model_type": "gemma4_vision",
@@ -49,7 +49,7 @@ class Transformers:
     ) -> list[Encoded]:
         rows = []
         for b, prompt in enumerate(prompts):
-            cache = transformers.DynamicCache(config=self.model.config.get_text_config(decoder=True))
+            cache: Any = transformers.DynamicCache(config=self.model.config.get_text_config(decoder=True))
             for piece in [prompt.tokens] if prompt.pictures else prompt.pieces:
                 tokens = torch.tensor([piece])
                 given = self._shown(prompt, cache) if prompt.pictures else {}
@@ -69,9 +69,9 @@ class Transformers:
             prompt = torch.tensor([request.prompt.tokens])
             options = self.defaults.with_options(**request.options)
             noise = Replayed(request.noise, self.config.vocab_size, self.config.canvas_length)
-            given = images(request.prompt.pictures) if request.prompt.pictures else {}
+            given = images([p.picture for p in request.prompt.pictures]) if request.prompt.pictures else {}
             if given:
-                given["mm_token_type_ids"] = (prompt == self.config.image_token_id).long()
+                given["mm_token_type_ids"] = prompt.eq(self.config.image_token_id or 0).long()
             (blocks,), out = generate(self.model, prompt, options, [noise], **given)
             tokens = out.sequences[0, prompt.shape[1] :].tolist()
             ends = [i for i, token in enumerate(tokens) if token in options.eos_token_id]
@@ -89,9 +89,9 @@ class Transformers:
             attention_mask=None,
             past_key_values=cache,
             position_ids=torch.arange(tokens.shape[1])[None],
-            mm_token_type_ids=(tokens == self.config.image_token_id).long(),
+            mm_token_type_ids=tokens.eq(self.config.image_token_id or 0).long(),
         )
-        return {"attention_mask": masks, **images(prompt.pictures)}
+        return {"attention_mask": masks, **images([p.picture for p in prompt.pictures])}
 
 
 def build(values: dict[str, Any], weights: dict[str, Tensor]) -> Any:
@@ -112,9 +112,8 @@ def build(values: dict[str, Any], weights: dict[str, Tensor]) -> Any:
     return model.eval()
 
 
-def images(placed: Sequence[Placed], patches: int = 0) -> dict[str, Tensor]:
+def images(shown: Sequence[Picture], patches: int = 0) -> dict[str, Tensor]:
     """What it takes: pixels in 0 … 1 and positions, padded to at least so many patches."""
-    shown = [each.picture for each in placed]
     patches = max(patches, *(len(each.patches) for each in shown))
     pixels = torch.zeros(len(shown), patches, shown[0].patches.shape[1])
     places = torch.full((len(shown), patches, 2), -1)
@@ -188,9 +187,10 @@ def generate(
         mock.patch.object(torch, "multinomial", draw),
     ):
         out = theirs.generate(prompts, generation_config=config, **given)
-    blocks = [
-        [Block(*(torch.stack(column).numpy() for column in zip(*steps, strict=True)), still)
-         for steps, still in zip(row, own, strict=True)]
-        for row, own in zip(rows, converged, strict=True)
-    ]  # fmt: skip
+    blocks = []
+    for row, own in zip(rows, converged, strict=True):
+        columns = ([torch.stack(column).numpy() for column in zip(*steps, strict=True)] for steps in row)
+        blocks.append(
+            [Block(best, canvas, entropy, still) for (best, canvas, entropy), still in zip(columns, own, strict=True)]
+        )
     return blocks, out

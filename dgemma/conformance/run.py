@@ -21,8 +21,8 @@ from dgemma.conformance.case import (
     first_difference,
 )
 
-MEMORY = "scores_or_masks_of_a_long_prompt_in_one_piece"
-"""The mistake that leaves all values right."""
+MASK, SCORES = "a_mask_over_the_whole_prompt", "scores_of_a_prompt_in_one_piece"
+"""The mistakes that leave all values right."""
 
 
 @dataclass(frozen=True)
@@ -88,21 +88,23 @@ class Largest(TorchDispatchMode):
             elements = value.untyped_storage().nbytes() // value.itemsize if isinstance(value, Tensor) else 0
             self.elements = max(self.elements, elements)
             if elements > self.most:
-                raise TooLarge(f"{elements:,} elements of {str(value.dtype).removeprefix('torch.')} at once")
+                raise TooLargeError(elements, value.dtype)
         return out
 
 
-class TooLarge(Exception):
-    """An array that grows with the square of the prompt."""
+class TooLargeError(Exception):
+    """An array that grows with the square of the prompt: its elements and dtype."""
 
 
 def measured(adapter: Adapter, case: Case) -> Finding:
-    canvas = np.zeros((1, 8), np.int64)
+    """Encodes the long prompt under watch."""
     try:
         with Largest(case.most) as seen:
-            adapter.encode(case.prompts, canvas, None, 0)
-    except TooLarge as error:
-        return Finding(case, "wrong", str(error), "prefill", (MEMORY,))
+            adapter.encode(case.prompts, case.canvas, None, 0)
+    except TooLargeError as error:
+        elements, dtype = error.args
+        told = f"holds {elements:,} elements of {str(dtype).removeprefix('torch.')} at once"
+        return Finding(case, "wrong", told, "prefill", (SCORES if dtype.is_floating_point else MASK,))
     if not seen.elements:
         return Finding(case, "unseen", "the engine does not compute in torch")
     return Finding(case, "right")
