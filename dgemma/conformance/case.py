@@ -56,8 +56,9 @@ def encoded_outcome(rows: Sequence[Encoded]) -> Outcome:
     found: Outcome = {}
     for r, row in enumerate(rows):
         for layer, (keys, values) in enumerate(zip(row.keys, row.values, strict=True)):
-            found[f"row {r} layer {layer} keys"], found[f"row {r} layer {layer} values"] = keys, values
-        found[f"row {r} logits"] = row.logits
+            found[f"row {r} layer {layer} keys"] = np.asarray(keys, np.float32)
+            found[f"row {r} layer {layer} values"] = np.asarray(values, np.float32)
+        found[f"row {r} logits"] = np.asarray(row.logits, np.float32)
     return found
 
 

@@ -54,7 +54,8 @@ def conformance(
         suspected = [{"trap": s.trap, "explains": s.cases, "but_not_in": s.missing} for s in named]
         print(json.dumps({"findings": told, "suspects": suspected}, indent=2))
     else:
-        print(f"\n{len(findings) - len(wrong)} of {len(findings)} cases are right")
+        right = sum(finding.verdict == "right" for finding in findings)
+        print(f"\n{right} of {len(findings)} cases are right")
         for suspect in named:
             why = f": {TRAPS[suspect.trap].__doc__}" if suspect.trap in TRAPS else ""
             but = f"; it should also show in {', '.join(suspect.missing)}" if suspect.missing else ""

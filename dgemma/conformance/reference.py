@@ -162,10 +162,10 @@ def generate(
 
     def fresh(self: Any, batch_size: int, device: torch.device) -> Tensor:
         block, n = at["block"], at["step"]
-        return torch.stack([x.renoise(block, n) if n else x.canvas(block) for x in noise])
+        return torch.stack([x.renoise(block, n) if n else x.canvas(block) for x in noise]).to(device)
 
     def draw(probabilities: Tensor, num_samples: int) -> Tensor:
-        uniform = torch.cat([x.uniform(at["block"], at["step"]) for x in noise])
+        uniform = torch.cat([x.uniform(at["block"], at["step"]) for x in noise]).to(probabilities.device)
         above = probabilities.double().cumsum(-1) > uniform[:, None]
         return above.int().argmax(-1, keepdim=True)
 
@@ -189,7 +189,7 @@ def generate(
         out = theirs.generate(prompts, generation_config=config, **given)
     blocks = []
     for row, own in zip(rows, converged, strict=True):
-        columns = ([torch.stack(column).numpy() for column in zip(*steps, strict=True)] for steps in row)
+        columns = ([torch.stack(column).cpu().numpy() for column in zip(*steps, strict=True)] for steps in row)
         blocks.append(
             [Block(best, canvas, entropy, still) for (best, canvas, entropy), still in zip(columns, own, strict=True)]
         )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dgemma.conformance.adapter import Adapter
 from dgemma.conformance.case import (
@@ -39,16 +40,19 @@ class Finding:
 
 
 def check(adapter: Adapter, cases: Sequence[Case], data: Path = DATA) -> Iterator[Finding]:
-    """Runs cases, checkpoint by checkpoint."""
+    """Runs cases, checkpoint by checkpoint. Errors of an engine are findings."""
     for name in dict.fromkeys(case.checkpoint for case in cases):
-        adapter.load(data / name)
-        for case in cases:
-            if case.checkpoint == name:
-                yield checked(adapter, case)
+        some = [case for case in cases if case.checkpoint == name]
+        try:
+            adapter.load(data / name)
+        except Exception as error:
+            yield from (failed(case, error) for case in some)
+            continue
+        yield from (checked(adapter, case) for case in some)
 
 
 def checked(adapter: Adapter, case: Case) -> Finding:
-    """One case, on the checkpoint that is loaded. Errors of an engine are findings."""
+    """One case, on the checkpoint that is loaded."""
     try:
         if case.kind == "memory":
             return measured(adapter, case)
@@ -56,13 +60,17 @@ def checked(adapter: Adapter, case: Case) -> Finding:
             found = encoded_outcome(adapter.encode(case.prompts, case.canvas, case.previous, case.shared))
         else:
             found = answer_outcome(adapter.generate(case.requests, case.shared))
-    except Exception as error:  # whatever an engine may raise
-        return Finding(case, "error", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    except Exception as error:
+        return failed(case, error)
     shown = frozenset(place.rsplit(" ", 1)[1] for place in found)
     different = first_difference(case.golden, found)
     if different is None:
         return Finding(case, "right", shown=shown)
     return Finding(case, "wrong", different.told, different.place, tuple(alike(case, different)), shown)
+
+
+def failed(case: Case, error: Exception) -> Finding:
+    return Finding(case, "error", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def alike(case: Case, different: Difference) -> Iterator[str]:
@@ -83,12 +91,13 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, tuple | list) else (out,):
-            # What is merely expanded takes no memory.
-            elements = value.untyped_storage().nbytes() // value.itemsize if isinstance(value, Tensor) else 0
-            self.elements = max(self.elements, elements)
-            if elements > self.most:
-                raise TooLargeError(elements, value.dtype)
+        held = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for value in tree_leaves(out):
+            # A view takes no memory of its own.
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in held:
+                self.elements = max(self.elements, value.numel())
+                if value.numel() > self.most:
+                    raise TooLargeError(value.numel(), value.dtype)
         return out
 
 

@@ -259,6 +259,22 @@ class Broken(Dgemma):
     def encode(self, *asked):
         raise NotImplementedError("no canvas yet")
 
+class Absent(Dgemma):
+    def load(self, directory):
+        raise MemoryError("no room")
+
+class Short(Dgemma):
+    def encode(self, *asked):
+        rows = super().encode(*asked)
+        for row in rows:
+            row.logits = row.logits.tolist()[:-1]
+        return rows
+
+class Elsewhere(Dgemma):
+    # As if it computed where torch sees nothing.
+    def encode(self, prompts, canvas, previous, shared):
+        return []
+
 class Half:
     def load(self, directory): ...
 """
@@ -286,14 +302,25 @@ def test_the_command_checks_an_engine_of_ones_own(tmp_path):
     assert told["suspects"][0]["explains"] == ["history_includes_the_current_step", "many_rows"]
 
 
-def test_an_engine_that_fails_is_a_finding(tmp_path):
-    broken = command(
-        tmp_path, "--adapter", "engine:Broken", "--case", "global_layers", "--case", "commits_the_proposal"
-    )
-    assert broken.returncode == 1
-    told = [" ".join(line.split()) for line in broken.stdout.splitlines()]
-    assert "error global_layers NotImplementedError: no canvas yet" in told
-    assert "right commits_the_proposal" in told
+@pytest.mark.parametrize(
+    ("engine", "told"),
+    [
+        ("Broken", "error global_layers NotImplementedError: no canvas yet"),
+        ("Absent", "error global_layers MemoryError: no room"),
+        ("Short", "wrong global_layers row 0 logits has shape [7, 48], not [8, 48]"),
+        ("Elsewhere", "wrong global_layers row 0 logits is not there"),
+    ],
+)
+def test_whatever_an_engine_does_is_a_finding(engine, told, tmp_path):
+    found = command(tmp_path, "--adapter", f"engine:{engine}", "--case", "global_layers", "--case", MEMORY)
+    assert found.returncode == 1
+    lines = [" ".join(line.split()) for line in found.stdout.splitlines()]
+    assert told in lines
+    memory = next(line for line in lines if MEMORY in line)
+    verdicts = {"Broken": "error", "Absent": "error", "Short": "right", "Elsewhere": "unseen"}
+    assert memory.startswith(verdicts[engine])
+    assert f"{int(engine == 'Short')} of 2 cases are right" in lines
+    assert "like no mistake that is on record: global_layers" in lines[-1]
 
 
 @pytest.mark.parametrize(
