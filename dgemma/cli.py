@@ -15,6 +15,7 @@ from dgemma.bench.cli import app as bench
 from dgemma.checkpoints.source import GGUF, folders_of, resolve
 from dgemma.checks import verify
 from dgemma.commands import edit, infill
+from dgemma.conformance.cli import conformance
 from dgemma.evals.cli import evaluate, evaluate_formats, evaluate_spans
 from dgemma.flags import (
     Device,
@@ -71,6 +72,7 @@ app.command("batch")(batch)
 app.command("infill")(infill)
 app.command("edit")(edit)
 app.command("verify")(verify)
+app.command("conformance")(conformance)
 
 
 @app.callback(invoke_without_command=True)

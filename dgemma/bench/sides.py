@@ -10,6 +10,9 @@ from typing import Any
 
 from dgemma.bench.harness import peak_bytes
 
+NEVER = 1e-30
+"""transformers' threshold must be above 0; no canvas gets there."""
+
 
 class Common:
     """What the sides of every comparison have: their threads, a device, and how much memory they took."""
@@ -124,39 +127,14 @@ class Transformers(_Timed):
 
     def trajectory(self, steps: int) -> list[list[list[int]]]:
         """The same, with the draws of this project's noise in place of its own."""
-        from unittest import mock
-
-        import torch
-        from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
-
+        from dgemma.config import GenerationConfig
+        from dgemma.conformance.reference import generate
         from dgemma.decoding.noise import Noise
 
-        noise = Noise(0, self.vocab_size, self.model.config.canvas_length)
-        step = self.model._denoising_step
-        started: list[bool] = []
-        done: list[list[list[int]]] = []
-
-        def initialize(*_: Any, **__: Any) -> Any:
-            return (noise.renoise(0, len(done) + 1) if started else noise.canvas(0))[None].to(self.device)
-
-        def multinomial(p: Any, num_samples: int) -> Any:
-            running = p.double().cumsum(-1)
-            drawn = noise.uniform(0, len(done) + 1).to(self.device).double()[:, None] * running[:, -1:]
-            return torch.searchsorted(running, drawn, right=True)
-
-        def recorded(**arguments: Any) -> Any:
-            started.append(True)
-            result = step(**arguments)
-            done.append([result[0][0].tolist(), result[1][0].tolist()])
-            return result
-
-        with (
-            mock.patch.object(generation.EntropyBoundSampler, "initialize_canvas", initialize),
-            mock.patch.object(torch, "multinomial", multinomial),
-            mock.patch.object(self.model, "_denoising_step", recorded),
-        ):
-            self._generate(steps)
-        return done
+        length = self.model.config.canvas_length
+        options = GenerationConfig(max_new_tokens=length, max_denoising_steps=steps, confidence_threshold=NEVER)
+        ((block,),), _ = generate(self.model, self._prompt()[None], options, [Noise(0, self.vocab_size, length)])
+        return [[canvas, best] for canvas, best in zip(block.canvas.tolist(), block.best.tolist(), strict=True)]
 
     def _encode(self) -> None:
         import torch
@@ -167,10 +145,9 @@ class Transformers(_Timed):
             self.model.model.encoder(input_ids=self._prompt()[None], past_key_values=cache)
 
     def _generate(self, steps: int) -> None:
-        # Its threshold must be above 0; no canvas gets there.
         self.model.generate(
             self._prompt()[None],
             max_new_tokens=self.model.config.canvas_length,
             max_denoising_steps=steps,
-            confidence_threshold=1e-30,
+            confidence_threshold=NEVER,
         )

@@ -11,7 +11,6 @@ import pytest
 import torch
 from decoding import checks
 from decoding.checks import C, planted
-from parity.trajectory import CONFIG
 from torch import Tensor
 
 from dgemma.config import GenerationConfig, ModelConfig
@@ -99,7 +98,7 @@ def zero_logits_on_the_first_step() -> list[Change]:
 
     def mean_embedding(cls: type, model: DiffusionGemma, *rest: Any) -> Canvas:
         canvas = begin(cls, model, *rest)
-        even = torch.full((C, CONFIG.vocab_size), 1 / CONFIG.vocab_size)
+        even = torch.full((C, model.config.vocab_size), 1 / model.config.vocab_size)
         canvas.soft = model.embed_tokens.soft(even)
         return canvas
 
@@ -140,9 +139,9 @@ def soft_cap_in_bfloat16() -> list[Change]:
 def soft_cap_after_temperature() -> list[Change]:
     read = vocabulary.read
 
-    def after(head: Any, states: Tensor, temperature: Tensor, uniform: Tensor, soft: bool = True) -> Any:
+    def after(head: Any, states: Tensor, temperature: Tensor, *rest: Any) -> Any:
         scaled = (states.float() / temperature[:, None, None]).to(states.dtype)
-        return read(head, scaled, torch.ones_like(temperature), uniform, soft)
+        return read(head, scaled, torch.ones_like(temperature), *rest)
 
     return [(vocabulary, "read", after)]
 

@@ -13,19 +13,8 @@ from dgemma.config import FULL, SLIDING, ModelConfig, Rope
 from dgemma.model.network import DiffusionGemma
 
 transformers = pytest.importorskip("transformers", reason="transformers, the reference, is not installed")
-
-VISION = {
-    "model_type": "gemma4_vision",
-    "hidden_size": 12,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 12,
-    "global_head_dim": 12,
-    "patch_size": 4,
-    "position_embedding_size": 4,
-}
+reference = pytest.importorskip("dgemma.conformance.reference")
+VISION = reference.TOWER
 
 
 def random_config(rng: random.Random) -> ModelConfig:
@@ -83,20 +72,8 @@ def make_reference(
 
 def reference_of(ours: DiffusionGemma) -> Any:
     """transformers' network with the weights of ours, in float32."""
-    values = ours.config.to_dict()
-    if ours.config.vision is None:
-        # It cannot be built without an image tower, nor generate without an image token; neither is used.
-        values |= {"vision_config": VISION, "image_token_id": ours.config.vocab_size}
-    theirs = transformers.DiffusionGemmaForBlockDiffusion(transformers.DiffusionGemmaConfig.from_dict(values))
-    theirs.set_experts_implementation("eager")
     weights = {stored_name(name): tensor for name, tensor in ours.state_dict().items()}
-    found = theirs.load_state_dict(weights, strict=False)
-    assert not found.unexpected_keys
-    stack = theirs.model.encoder.language_model
-    shared = {p.data_ptr() for p in theirs.model.decoder.parameters()}
-    assert all(p.data_ptr() in shared for p in stack.parameters()), "the reference does not tie its two stacks"
-    assert theirs.lm_head.weight.data_ptr() in shared
-    return theirs.float().eval()
+    return reference.build(ours.config.to_dict(), weights)
 
 
 def tokens(shape: tuple[int, ...], vocabulary: int, seed: int) -> Tensor:

@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
+from parity.reference import reference
 from torch import Tensor
 
 from dgemma.config import FULL, SLIDING, GenerationConfig, ModelConfig
@@ -106,68 +106,16 @@ def our_trajectories(
     return rows
 
 
-@torch.no_grad()
 def reference_trajectories(
     theirs: Any, prompts: Tensor, options: GenerationConfig, noise: Sequence[Noise], **given: Tensor
 ) -> list[Trajectory]:
-    """What the reference's `generate` does with prompts [B, T], what else is given, and these draws.
-
-    It runs rows in lockstep: a row that has settled waits, and its later steps and blocks are not its own.
-    """
-    from transformers.models.diffusion_gemma import generation_diffusion_gemma as reference
-
-    rows, open_rows = [Trajectory() for _ in noise], [True] * len(noise)
-    at = {"block": -1, "step": 0}
-    prepare, step = type(theirs)._prepare_denoiser_inputs, type(theirs)._denoising_step
-
-    def next_block(self: Any, **kwargs: Any) -> Any:
-        at["block"], at["step"] = at["block"] + 1, 0
-        for i, row in enumerate(rows):
-            ended = bool(row.blocks) and any(token in options.eos_token_id for token in row.blocks[-1][-1][1])
-            open_rows[i] = open_rows[i] and not ended
-            if open_rows[i]:
-                row.blocks.append([])
-        return prepare(self, **kwargs)
-
-    def next_step(self: Any, **kwargs: Any) -> Any:
-        at["step"] += 1
-        waiting = kwargs["finished_denoising"].clone()
-        canvas, best, logits, finished = step(self, **kwargs)
-        for i, row in enumerate(rows):
-            if open_rows[i] and not waiting[i]:
-                row.blocks[-1].append((canvas[i].tolist(), best[i].tolist()))
-        return canvas, best, logits, finished
-
-    def fresh(self: Any, batch_size: int, device: torch.device) -> Tensor:
-        block, n = at["block"], at["step"]
-        return torch.stack([x.renoise(block, n) if n else x.canvas(block) for x in noise])
-
-    def draw(probabilities: Tensor, num_samples: int) -> Tensor:
-        uniform = torch.cat([x.uniform(at["block"], at["step"]) for x in noise])
-        above = probabilities.double().cumsum(-1) > uniform[:, None]
-        return above.int().argmax(-1, keepdim=True)
-
-    config = reference.DiffusionGemmaGenerationConfig(
-        max_new_tokens=options.max_new_tokens,
-        max_denoising_steps=options.max_denoising_steps,
-        sampler_config=reference.EntropyBoundSamplerConfig(entropy_bound=options.entropy_bound),
-        t_min=options.t_min,
-        t_max=options.t_max,
-        stability_threshold=options.stability_threshold,
-        confidence_threshold=options.confidence_threshold,
-        eos_token_id=list(options.eos_token_id),
-        pad_token_id=options.pad_token_id,
-    )
-    with (
-        mock.patch.object(type(theirs), "_prepare_denoiser_inputs", next_block),
-        mock.patch.object(type(theirs), "_denoising_step", next_step),
-        mock.patch.object(reference.EntropyBoundSampler, "initialize_canvas", fresh),
-        mock.patch.object(torch, "multinomial", draw),
-    ):
-        out = theirs.generate(prompts, generation_config=config, **given)
-    for i, row in enumerate(rows):
+    """What the reference's `generate` does with prompts [B, T], what else is given, and these draws."""
+    blocks, out = reference.generate(theirs, prompts, options, noise, **given)
+    rows = []
+    for i, own in enumerate(blocks):
         new = out.sequences[i, prompts.shape[1] :].tolist()
         ends = [j for j, token in enumerate(new) if token in options.eos_token_id]
-        row.tokens = new[: ends[0] + 1] if ends else new
-        row.tokens_per_forward = float(out.tokens_per_forward[i])
+        steps = [list(zip(block.canvas.tolist(), block.best.tolist(), strict=True)) for block in own]
+        tokens = new[: ends[0] + 1] if ends else new
+        rows.append(Trajectory(steps, tokens, float(out.tokens_per_forward[i])))
     return rows

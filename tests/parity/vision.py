@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from parity.reference import VISION, make_reference
+from parity.reference import VISION, make_reference, reference
 from torch import Tensor
 
 from dgemma.config import ModelConfig, VisionConfig
 from dgemma.model.network import DiffusionGemma
 from dgemma.picture import Patches, Picture, Placed
+
+inputs = reference.images
 
 
 def with_tower(config: ModelConfig, rng: random.Random, **changes: Any) -> ModelConfig:
@@ -56,18 +58,6 @@ def picture(config: ModelConfig, rows: int, columns: int, seed: int) -> Picture:
     k = config.vision.pooling_kernel_size
     shape = (rows * columns * k * k, 3 * config.vision.patch_size**2)
     return Patches(np.random.default_rng(seed).integers(0, 256, shape, np.uint8), rows * k, columns * k)
-
-
-def inputs(pictures: Sequence[Picture], patches: int) -> dict[str, Tensor]:
-    """What the reference takes: pixels in 0 … 1 and positions, padded to so many patches."""
-    pixels = torch.zeros(len(pictures), patches, pictures[0].patches.shape[1])
-    places = torch.full((len(pictures), patches, 2), -1)
-    for i, each in enumerate(pictures):
-        count = len(each.patches)
-        pixels[i, :count] = torch.from_numpy(each.patches) / 255
-        y, x = np.divmod(np.arange(count), each.columns)
-        places[i, :count] = torch.from_numpy(np.stack((x, y), -1))
-    return {"pixel_values": pixels, "image_position_ids": places}
 
 
 def prompt_of(parts: Sequence[Picture | list[int]], config: ModelConfig) -> tuple[Tensor, list[Placed]]:
