@@ -45,8 +45,7 @@ class Row:
     kept: Tensor = field(default_factory=lambda: torch.empty(0))
     best: list[Tensor] = field(default_factory=list)
     seen: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-
-    starts: tuple[int, ...] = ()
+    starts: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.take(self.pieces)

@@ -26,7 +26,7 @@ from dgemma.conformance.plain import Plain
 from dgemma.conformance.reference import Transformers
 from dgemma.conformance.run import MASK, SCORES, Finding, check, suspects
 from dgemma.conformance.traps import TRAPS
-from dgemma.model import layers, network
+from dgemma.model import attention, layers, network
 from dgemma.model.attention import Attention
 
 CASES = {case.name: case for case in cases()}
@@ -103,7 +103,24 @@ def rotated_values() -> list[Any]:
     return [(Attention, "keys_values", tied)]
 
 
+def bands() -> list[Any]:
+    """Each position of a canvas with a window of its own."""
+    attend = attention.attend
+
+    def banded(q: Any, k: Any, v: Any, causal: bool = False, window: int | None = None, *rest: Any) -> Any:
+        if causal or window is None:
+            return attend(q, k, v, causal, window, *rest)
+        first, share = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
+        at, key = torch.arange(first, k.shape[2])[:, None], torch.arange(k.shape[2])
+        scores = q @ k.repeat_interleave(share, 1).mT
+        scores = scores.masked_fill((key < first) & (key <= at - window), float("-inf"))
+        return scores.softmax(-1) @ v.repeat_interleave(share, 1)
+
+    return [(attention, "attend", banded)]
+
+
 NETWORK = {
+    "the_canvas_sees_a_band_of_the_prefix": bands(),
     "the_window_reaches_one_token_too_far": [(ModelConfig, "prefix_window", property(lambda c: c.sliding_window))],
     "values_are_the_rotated_keys": rotated_values(),
     "the_canvas_takes_the_encoders_scalars": swapped_scalars(),
